@@ -1,0 +1,48 @@
+"""TensorRT-style fake quantization for PyTorch: simulate, calibrate, fine-tune, export, run.
+
+from pytorch_quant import calibrate, export_onnx, quant_modules
+
+with quant_modules.initialize():          # torch.nn builds quantized layers in here
+model = build_model()
+model.load_state_dict(state)
+calibrate(model, batches, method="entropy")
+export_onnx(model, example_input, "model.onnx")
+"""
+
+from pytorch_quant import calib, nn, quant_modules, tensor_quant
+from pytorch_quant._version import __version__
+from pytorch_quant.calib import CalibrationError
+from pytorch_quant.descriptor import QuantDescriptor
+from pytorch_quant.export import ExportReport, export_onnx
+from pytorch_quant.nn import TensorQuantizer
+from pytorch_quant.ptq import CalibrationReport, calibrate, compute_amax
+from pytorch_quant.scheme import (
+    FP8,
+    INT4_WEIGHT_ONLY,
+    INT8,
+    INT8_DYNAMIC,
+    INT8_PER_TENSOR,
+    Scheme,
+)
+
+__all__ = [
+    "FP8",
+    "INT4_WEIGHT_ONLY",
+    "INT8",
+    "INT8_DYNAMIC",
+    "INT8_PER_TENSOR",
+    "CalibrationError",
+    "CalibrationReport",
+    "ExportReport",
+    "QuantDescriptor",
+    "Scheme",
+    "TensorQuantizer",
+    "__version__",
+    "calib",
+    "calibrate",
+    "compute_amax",
+    "export_onnx",
+    "nn",
+    "quant_modules",
+    "tensor_quant",
+]

@@ -1,0 +1,72 @@
+"""How a batch becomes the arguments of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run `model` on `batch`.
+
+    A tensor is passed as it is, a mapping as keywords, a tuple or list as positional arguments.
+    Where `forward` takes one required argument and the batch is a pair, the second item is a target
+    and is dropped.
+
+    Raises:
+        TypeError: a batch of another type.
+        RuntimeError: a tensor of the batch is on another device than the model.
+    """
+    if isinstance(batch, Tensor):
+        args, kwargs = [batch], {}
+    elif isinstance(batch, Mapping):
+        args, kwargs = [], dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        drops_target = len(batch) == 2 and _required_arguments(model) == 1
+        args, kwargs = list(batch[:1] if drops_target else batch), {}
+    else:
+        raise TypeError(
+            f"a batch is a tensor, a mapping of keywords, or a tuple or list of arguments, got "
+            f"{type(batch).__name__}; pass forward=lambda model, batch: ... for anything else"
+        )
+    _check_device(model, [*args, *kwargs.values()])
+    return model(*args, **kwargs)
+
+
+def _required_arguments(model: nn.Module) -> int | None:
+    inner = getattr(model, "module", None)
+    try:
+        # DataParallel and its like accept anything and pass it on to the module they wrap.
+        wrapped = inner if isinstance(inner, nn.Module) else model
+        parameters = inspect.signature(wrapped.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters.values())
+
+
+def _check_device(model: nn.Module, values: list[Any]) -> None:
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    # A model that is spread over devices moves its own tensors.
+    if len(devices) != 1:
+        return
+    (device,) = devices
+    for value in values:
+        if isinstance(value, Tensor) and value.device != device:
+            raise RuntimeError(
+                f"the batch is on {value.device}, the model on {device}; move one of them "
+                "(batch.to(device)): nothing is moved between devices unasked"
+            )
+
+
+def count(batches: Any) -> int | None:
+    """The number of batches where it is known, for progress bars."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None

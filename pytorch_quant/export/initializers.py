@@ -1,0 +1,158 @@
+"""Constants of a Q/DQ graph: integer weights, and names that say whose scale it is."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytorch_quant.fake_quant import quantize_to_codes
+from pytorch_quant.formats import FloatFormat, Format, IntFormat
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def store_integer_weights(graph: Any) -> int:
+    """Replace each constant that goes through Q and DQ by its codes and the DQ, in place.
+
+    Args:
+        graph: An `onnx.GraphProto`.
+
+    Returns:
+        The number of constants replaced.
+    """
+    import onnx
+
+    constants = {c.name: c for c in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    stored = 0
+    for node in [n for n in graph.node if n.op_type == "QuantizeLinear"]:
+        weight = _constant(node.input[0], constants, producers)
+        if weight is None:
+            continue
+        scale = onnx.numpy_helper.to_array(constants[node.input[1]])
+        zero_point = constants[node.input[2]]
+        codes = _codes(weight, scale, _axis(node), zero_point.data_type)
+        name = f"{_root(node.input[0], producers)}.{node.output[0]}"
+        tensor = onnx.helper.make_tensor(
+            name, zero_point.data_type, weight.shape, codes.tobytes(), raw=True
+        )
+        graph.initializer.append(tensor)
+        constants[name] = tensor
+        for user in graph.node:
+            for i, used in enumerate(user.input):
+                if used == node.output[0]:
+                    user.input[i] = name
+        graph.node.remove(node)
+        stored += 1
+    _drop_unused(graph)
+    return stored
+
+
+def name_after_quantizers(graph: Any) -> None:
+    """Name scales, zero points and Q/DQ nodes after the quantizer module they come from."""
+    renamed: dict[str, str] = {}
+    taken = {c.name for c in graph.initializer}
+    constants = set(taken)
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        module = _module_of(node)
+        if module is None:
+            continue
+        node.name = _free(f"{module}/{node.op_type}", taken)
+        for used, role in zip(node.input[1:], ("scale", "zero_point"), strict=False):
+            if used in constants and used not in renamed:
+                renamed[used] = _free(f"{module}.{role}", taken)
+    for constant in graph.initializer:
+        constant.name = renamed.get(constant.name, constant.name)
+    for info in graph.value_info:
+        info.name = renamed.get(info.name, info.name)
+    for node in graph.node:
+        for i, used in enumerate(node.input):
+            node.input[i] = renamed.get(used, used)
+
+
+def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Any:
+    """The value of a constant, seen through the clip that stands before a narrow grid."""
+    import onnx
+
+    if name in constants:
+        return onnx.numpy_helper.to_array(constants[name])
+    node = producers.get(name)
+    if node is None or node.op_type not in ("Max", "Min"):
+        return None
+    values = [_constant(used, constants, producers) for used in node.input]
+    if any(value is None for value in values):
+        return None
+    return (np.maximum if node.op_type == "Max" else np.minimum)(*values)
+
+
+def _root(name: str, producers: dict[str, Any]) -> str:
+    while name in producers:
+        name = producers[name].input[0]
+    return name
+
+
+def _codes(weight: np.ndarray, scale: np.ndarray, axis: int, data_type: int) -> np.ndarray:
+    fmt = _format(data_type)
+    if scale.ndim:
+        scale = scale.reshape([-1 if a == axis % weight.ndim else 1 for a in range(weight.ndim)])
+    steps = torch.from_numpy(np.array(scale, dtype=np.float32))
+    codes = quantize_to_codes(torch.from_numpy(np.array(weight)), steps, fmt)
+    return codes.to(fmt.storage).contiguous().view(torch.uint8).numpy()
+
+
+def _format(data_type: int) -> Format:
+    import onnx
+
+    formats: dict[int, Format] = {
+        onnx.TensorProto.INT8: IntFormat(8),
+        onnx.TensorProto.UINT8: IntFormat(8, signed=False),
+        onnx.TensorProto.FLOAT8E4M3FN: FloatFormat(4, 3),
+    }
+    return formats[data_type]
+
+
+def _axis(node: Any) -> int:
+    return next((a.i for a in node.attribute if a.name == "axis"), 1)
+
+
+def _module_of(node: Any) -> str | None:
+    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
+    if scopes is None:
+        return None
+    try:
+        path = [scope for scope in ast.literal_eval(scopes) if scope]
+    except (SyntaxError, ValueError):
+        return None
+    # The last scope is the node itself, those before it the modules from the outside in.
+    return path[-2] if len(path) > 1 else None
+
+
+def _free(name: str, taken: set[str]) -> str:
+    candidate, k = name, 1
+    while candidate in taken:
+        candidate, k = f"{name}_{k}", k + 1
+    taken.add(candidate)
+    return candidate
+
+
+def _drop_unused(graph: Any) -> None:
+    kept = {output.name for output in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if any(output in kept for output in node.output):
+            nodes.append(node)
+            kept.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+    constants = [c for c in graph.initializer if c.name in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
+    produced = {o for node in graph.node for o in node.output} | {c.name for c in constants}
+    infos = [i for i in graph.value_info if i.name in produced]
+    del graph.value_info[:]
+    graph.value_info.extend(infos)

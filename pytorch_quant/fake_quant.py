@@ -1,0 +1,231 @@
+"""Fake quantization as functions.
+
+Symbols: `x` real input, `amax` the magnitude that maps to the largest code, `bound` that code,
+`scale = amax / bound` real units per step, `q` integer codes, `y = q * scale`.
+
+    q = saturate(round_half_even(x / scale))
+
+with a true division, as ONNX defines QuantizeLinear. The codes equal those of ONNX Runtime bit for
+bit. (One input is apart: its float16 kernel on x86 turns +Inf into the lowest code; here it
+saturates to the highest, as the specification says.) `amax` and `scale` broadcast against `x`, so
+per-channel is a matter of shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pytorch_quant.formats import Format, parse_format
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
+
+
+def compute_scale(amax: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`scale = amax / bound`, float32, real units per step.
+
+    For a float16 or bfloat16 `dtype` the scale is rounded to that type first, because that is
+    what an exported file of that precision holds. A positive float16 scale stays positive and
+    finite; an amax of 0 keeps the scale 0.
+
+    Args:
+        amax: Any shape, finite and >= 0.
+        fmt: The number format.
+        dtype: The dtype of the tensor to be quantized.
+    """
+    scale = amax.float() / fmt.bound
+    if dtype not in _HALF_TYPES:
+        return scale
+    if dtype == torch.float16:
+        limited = scale.clamp(_FLOAT16_LEAST, _FLOAT16_MOST)
+        scale = torch.where(scale > 0, limited, scale)
+    return scale.to(dtype).float()
+
+
+def quantize_to_codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """The codes `q` of `x`, as float values on the grid of `fmt`.
+
+    Args:
+        x: Any shape; float16 and bfloat16 are computed in float32.
+        scale: float32, broadcasts against `x`. Where it is 0, the code is 0.
+        fmt: The number format.
+
+    Returns:
+        float32 (float64 for a float64 `x`), the shape of `x`. NaN stays NaN where `scale` > 0.
+    """
+    wide = x.float() if x.dtype in _HALF_TYPES else x
+    codes = fmt.round(wide / torch.where(scale > 0, scale, 1.0))
+    return torch.where(scale > 0, codes, 0.0)
+
+
+def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    wide = x.float() if x.dtype in _HALF_TYPES else x
+    codes = fmt.round(wide / torch.where(scale > 0, scale, 1.0))
+    # Multiplying by a scale of 0 gives the 0 that an amax of 0 stands for.
+    return (codes * scale).to(x.dtype)
+
+
+def _straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
+    wide = x.float() if x.dtype in _HALF_TYPES else x
+    return torch.where(wide.abs() <= amax, grad, 0.0)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+        return _fake_quantize_values(x, scale, fmt)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, amax, _, _ = inputs
+        ctx.save_for_backward(x, amax)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, amax = ctx.saved_tensors
+        return _straight_through(grad, x, amax), None, None, None
+
+
+class _Quantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+        return quantize_to_codes(x, scale, fmt)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, amax, _, _ = inputs
+        ctx.save_for_backward(x, amax)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, amax = ctx.saved_tensors
+        return _straight_through(grad, x, amax).to(x.dtype), None, None, None
+
+
+@torch.library.custom_op("pytorch_quant::fake_quantize", mutates_args=())
+def _fake_quantize_op(x: Tensor, amax: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return _fake_quantize_values(x, scale, parse_format(fmt))
+
+
+@_fake_quantize_op.register_fake
+def _(x: Tensor, amax: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+_fake_quantize_op.register_autograd(
+    lambda ctx, grad: (_straight_through(grad, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+)
+
+
+def fake_quantize(
+    x: Tensor, amax: Tensor, fmt: Format, *, scale_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Round `x` to the grid of `fmt` and return real values, with a straight-through gradient.
+
+    The gradient passes where `|x| <= amax` and is zero elsewhere (Bengio et al. 2013, clipped as
+    in Jacob et al. 2018). Under `torch.export` it stays one node, `pytorch_quant::fake_quantize`.
+
+    Args:
+        x: Any shape, floating point.
+        amax: float32, finite and >= 0, broadcasts against `x`. No gradient flows to it.
+        fmt: The number format.
+        scale_dtype: The dtype whose precision the scale has; by default that of `x`.
+
+    Returns:
+        The shape and dtype of `x`; 0 where `amax` is 0.
+    """
+    amax = amax.detach()
+    scale = compute_scale(amax, fmt, x.dtype if scale_dtype is None else scale_dtype)
+    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
+        return _fake_quantize_op(x, amax, scale, fmt.name)
+    return _FakeQuantize.apply(x, amax, scale, fmt)
+
+
+def quantize(x: Tensor, amax: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The integer form: codes and scale, with a straight-through gradient on the codes.
+
+    Args:
+        x: Any shape, floating point.
+        amax: float32, finite and >= 0, broadcasts against `x`.
+        fmt: The number format.
+
+    Returns:
+        The codes, and the scale in real units per step (float32). The codes have the dtype of `x`
+        where it holds them exactly, else float32.
+
+    Raises:
+        ValueError: `fmt` is unsigned and `x` holds negative values.
+    """
+    if not fmt.signed and x.numel() and bool((x < 0).any()):
+        raise ValueError(
+            f"Negative values encountered by an unsigned quantizer: minimum {float(x.min()):.6g}; "
+            "use unsigned=False for this tensor"
+        )
+    amax = amax.detach()
+    scale = compute_scale(amax, fmt, x.dtype)
+    codes = _Quantize.apply(x, amax, scale, fmt)
+    exact_up_to = {torch.float16: 2.0**11, torch.bfloat16: 2.0**8}.get(x.dtype)
+    keeps = exact_up_to is None or max(fmt.qmax, -fmt.qmin) <= exact_up_to
+    return (codes.to(x.dtype) if keeps else codes), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """`y = q * scale`, float32."""
+    return codes.float() * scale
+
+
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 codes, scale and zero point of the range that `x` itself has.
+
+    The formulas are those of ONNX DynamicQuantizeLinear (operator set 11): the range is widened
+    to include 0, `scale = (max - min) / 255`, `zero_point = saturate(round(-min / scale))`. A
+    tensor of zeros has scale 1, as in ONNX Runtime.
+
+    Args:
+        x: Any shape, floating point.
+
+    Returns:
+        Codes as float32 values 0 to 255 in the shape of `x`; scale `()`; zero point `()`.
+    """
+    wide = x.detach().float()
+    if wide.numel():
+        low, high = torch.aminmax(wide)
+    else:
+        low = high = wide.new_zeros(())
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / 255.0
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero_point = (0.0 - low / scale).clamp(0.0, 255.0).round()
+    codes = ((wide / scale).round() + zero_point).clamp(0.0, 255.0)
+    return codes, scale, zero_point
+
+
+class _FakeQuantizeDynamic(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        codes, scale, zero_point = dynamic_quantize(x)
+        return ((codes - zero_point) * scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad
+
+
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """Fake quantization with the range of `x` itself; see `dynamic_quantize`.
+
+    The gradient passes everywhere, because the range holds every value.
+    """
+    return _FakeQuantizeDynamic.apply(x)

@@ -1,0 +1,342 @@
+"""`TensorQuantizer`: the one module that quantizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pytorch_quant import axes, qdq
+from pytorch_quant.axes import Axis
+from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.descriptor import QuantDescriptor
+from pytorch_quant.fake_quant import fake_quantize, fake_quantize_dynamic, quantize
+from pytorch_quant.formats import Format, IntFormat, make_format
+from pytorch_quant.nn.clip import Clip
+from pytorch_quant.nn.locate import calling_model, name_in, qualified_name
+from pytorch_quant.nn.quantizer_state import QuantizerState
+
+
+class TensorQuantizer(QuantizerState):
+    """Quantizes the tensor that passes through it.
+
+    What it does is the sum of its modes: collect statistics for calibration, clip, quantize; or
+    nothing at all when disabled. Uncalibrated, it takes the range of each tensor it meets.
+
+    Args:
+        quant_desc: How to quantize.
+        disabled: Pass tensors through untouched.
+        if_quant: Quantize.
+        if_clip: Clip to the learned range.
+        if_calib: Collect statistics.
+    """
+
+    use_fb_fake_quant: ClassVar[bool] = False
+    """Compute with torch's own `fake_quantize_per_*_affine`; also settable on one instance."""
+
+    def __init__(
+        self,
+        quant_desc: QuantDescriptor | None = None,
+        disabled: bool = False,
+        if_quant: bool = True,
+        if_clip: bool = False,
+        if_calib: bool = False,
+    ) -> None:
+        desc = QuantDescriptor() if quant_desc is None else quant_desc
+        super().__init__(desc, disabled, if_quant, if_clip, if_calib)
+        if desc.learn_amax:
+            init_amax = 1.0 if desc.amax is None else float(desc.amax)
+            low = 0.0 if desc.unsigned else -init_amax
+            self.clip = Clip(low, init_amax, learn_min=True, learn_max=True)
+            self.enable_clip()
+        self._calibrator: Calibrator | None = self._make_calibrator(desc.calib_method)
+
+    def _make_calibrator(self, method: str) -> Calibrator | None:
+        if self._dynamic:
+            return None
+        # The blocks of a block quantizer reach the calibrator as the rows of a matrix.
+        axis = self._axis if self._block_size is None else 0
+        kind = HistogramCalibrator if method == "histogram" else MaxCalibrator
+        return kind(self._num_bits, axis, self._unsigned)
+
+    @property
+    def calibrator(self) -> Calibrator | None:
+        """The calibrator; None for a dynamic quantizer."""
+        return self._calibrator
+
+    @property
+    def format(self) -> Format:
+        """The number format of the codes."""
+        return make_format(self._num_bits, self._unsigned, self._narrow_range)
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """`amax / bound`, float32, real units per step; None when uncalibrated."""
+        amax = self.amax
+        return None if amax is None else self._scaled(amax).float() / self.format.bound
+
+    scale = step_size
+
+    # Modes
+
+    def disable(self) -> None:
+        """Pass tensors through."""
+        self._disabled = True
+
+    def enable(self) -> None:
+        """Undo `disable`."""
+        self._disabled = False
+
+    def disable_clip(self) -> None:
+        """Stop clipping."""
+        self._if_clip = False
+
+    def enable_clip(self) -> None:
+        """Clip to the learned range.
+
+        Raises:
+            RuntimeError: the quantizer has no learned range.
+        """
+        if not self._learn_amax:
+            raise RuntimeError(
+                f"{qualified_name(self)}: clipping needs a learned range; construct it with "
+                "QuantDescriptor(learn_amax=True)"
+            )
+        self._if_clip = True
+
+    def disable_calib(self) -> None:
+        """Stop collecting statistics."""
+        self._if_calib = False
+
+    def enable_calib(self) -> None:
+        """Collect statistics of every tensor that passes.
+
+        Raises:
+            RuntimeError: the quantizer has no calibrator.
+        """
+        if self._calibrator is None:
+            raise RuntimeError(
+                f"{qualified_name(self)} has no calibrator (a dynamic quantizer ranges itself); "
+                "assign one to _calibrator, or leave it out of the calibration"
+            )
+        self._if_calib = True
+
+    def disable_quant(self) -> None:
+        """Stop quantizing."""
+        self._if_quant = False
+
+    def enable_quant(self) -> None:
+        """Quantize."""
+        self._if_quant = True
+
+    # Ranges
+
+    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
+        """Take amax from what the calibrator has collected.
+
+        Args:
+            *args: Arguments of the calibrator's `compute_amax`, such as the method.
+            **kwargs: The same as keywords; `strict=False` makes the amax of a calibrator that saw
+                nothing NaN instead of raising.
+
+        Raises:
+            RuntimeError: there is no calibrator, or it saw nothing.
+        """
+        strict = kwargs.pop("strict", True)
+        if self._calibrator is None:
+            raise RuntimeError(f"{qualified_name(self)} has no calibrator to load an amax from")
+        amax = self._calibrator.compute_amax(*args, **kwargs)
+        if amax is None:
+            if strict:
+                raise RuntimeError(
+                    f"{qualified_name(self)}: Calibrator returned None; it has seen no tensor. "
+                    "Run batches between enable_calib() and disable_calib(), or pass strict=False"
+                )
+            amax = torch.tensor(math.nan)
+        self._store_amax(amax)
+
+    def init_learn_amax(self) -> None:
+        """Start the learned range from the amax that calibration gave.
+
+        Raises:
+            RuntimeError: the quantizer has no learned range, or no amax.
+        """
+        if not self._learn_amax:
+            raise RuntimeError(f"{qualified_name(self)} was not made with learn_amax=True")
+        amax = self.amax
+        if amax is None or amax.numel() != 1:
+            raise RuntimeError(
+                f"{qualified_name(self)}: a learned range starts from one calibrated amax, got "
+                f"{'none' if amax is None else f'shape {tuple(amax.shape)}'}; calibrate first"
+            )
+        with torch.no_grad():
+            value = self._scaled(amax).reshape(())
+            self.clip.clip_value_max.copy_(value)
+            self.clip.clip_value_min.copy_(value * 0 if self._unsigned else -value)
+
+    def _scaled(self, amax: Tensor) -> Tensor:
+        return amax if self._scale_amax is None else amax * self._scale_amax
+
+    def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
+        if self._learn_amax:
+            clip = self.clip
+            return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
+        amax = self.amax
+        if amax is None:
+            return self._scaled(axes.reduce_amax(inputs.detach(), axis).float())
+        if amax.device != inputs.device:
+            raise RuntimeError(
+                f"{qualified_name(self)}: the input is on {inputs.device}, amax on {amax.device}; "
+                "move the model or the batch so that both are on one device"
+            )
+        return self._scaled(amax.detach().float())
+
+    # Forward
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Collect, clip and quantize `inputs`, as the modes say.
+
+        Args:
+            inputs: Any shape, floating point.
+
+        Returns:
+            The shape and dtype of `inputs`: fake-quantized values, or codes with
+            `fake_quant=False`.
+
+        Raises:
+            CalibrationError: a tensor that calibration cannot use; what was collected is kept.
+            RuntimeError: wrong device, or an export without an amax.
+            ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
+                integer form.
+        """
+        if self._if_calib and not self._disabled:
+            self._collect_named(inputs)
+        # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
+        if self._pre_quant_scale is not None:
+            inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
+        if self._disabled:
+            return inputs
+        if self._if_clip:
+            inputs = self.clip(inputs)
+        if self._if_quant:
+            inputs = self._quantize(inputs)
+        return inputs
+
+    def collect(self, inputs: Tensor) -> None:
+        """Show a tensor to the calibrator, whatever the modes are.
+
+        Raises:
+            CalibrationError: a tensor that calibration cannot use; what was collected is kept.
+            RuntimeError: there is no calibrator, or the shape along the kept axis changed.
+        """
+        if self._calibrator is None:
+            raise RuntimeError("there is no calibrator to collect with")
+        values = inputs.detach()
+        if self._pre_quant_scale is not None:
+            values = values * self._pre_quant_scale.to(values.dtype)
+        if self._block_size is not None:
+            values = axes.to_groups(values, self._block_axis(), self._block_size)
+        self._calibrator.collect(values)
+
+    def _collect_named(self, inputs: Tensor) -> None:
+        try:
+            self.collect(inputs)
+        except (RuntimeError, ValueError) as error:
+            # Other subclasses, such as out of memory, keep their own form.
+            if type(error) not in (CalibrationError, RuntimeError, ValueError):
+                raise
+            raise type(error)(f"{qualified_name(self)}: {error}") from error
+
+    def _block_axis(self) -> int:
+        assert isinstance(self._axis, int)
+        return self._axis
+
+    def _quantize(self, inputs: Tensor) -> Tensor:
+        try:
+            if self._block_size is None:
+                return self._quantize_values(inputs, self._axis)
+            if torch.onnx.is_in_onnx_export():
+                raise ValueError(
+                    "a block quantizer has no form in a plain torch.onnx.export; use a "
+                    "per-channel descriptor, or disable this quantizer before the export"
+                )
+            rows = axes.to_groups(inputs, self._block_axis(), self._block_size)
+            rows = self._quantize_values(rows, 0)
+            return axes.from_groups(rows, inputs.shape, self._block_axis())
+        except ValueError as error:
+            raise ValueError(f"{qualified_name(self)}: {error}") from error
+
+    def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
+        exporting = torch.onnx.is_in_onnx_export()
+        if self._dynamic:
+            quantize_dynamic = qdq.dynamic_quantize_dequantize if exporting else None
+            return (quantize_dynamic or fake_quantize_dynamic)(inputs)
+        axes.kept_axes(axis, inputs.dim())
+        if exporting and not self.calibrated and not self._fb():
+            self._refuse_export()
+        amax = self._effective_amax(inputs, axis)
+        if self._block_size is not None and amax.dim():
+            amax = amax.reshape(-1, 1)
+        if not self._fake_quant:
+            return quantize(inputs, amax, self.format)[0]
+        dtype = _scale_dtype(inputs)
+        if exporting:
+            axis = self._amax_axis(amax, axis)
+            return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
+        if self._fb():
+            return self._torch_fake_quantize(inputs, amax, axis)
+        return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
+
+    def _fb(self) -> bool:
+        return self.use_fb_fake_quant
+
+    def _amax_axis(self, amax: Tensor, axis: Axis) -> Axis:
+        """The axis that `amax` varies along: the stored one, unless amax was replaced."""
+        if amax.dim() == 0:
+            return None
+        if axis is not None:
+            return axis
+        varying = [a for a, n in enumerate(amax.shape) if n != 1]
+        return varying[0] if len(varying) == 1 else tuple(varying) or None
+
+    def _torch_fake_quantize(self, inputs: Tensor, amax: Tensor, axis: Axis) -> Tensor:
+        fmt = self.format
+        if not isinstance(fmt, IntFormat):
+            raise ValueError(
+                f"use_fb_fake_quant has integer formats only, got num_bits={self._num_bits}"
+            )
+        # The operator divides by the scale; a range of 0 has to give 0, not NaN.
+        scale = (amax / fmt.bound).clamp(min=torch.finfo(torch.float32).tiny)
+        limits = int(fmt.qmin), int(fmt.qmax)
+        axis = self._amax_axis(amax, axis)
+        if axis is None:
+            zero = torch.zeros((), dtype=torch.int32, device=inputs.device)
+            return torch.fake_quantize_per_tensor_affine(inputs, scale.reshape(()), zero, *limits)
+        if not isinstance(axis, int):
+            raise ValueError(f"use_fb_fake_quant keeps one axis at most, got axis={axis}")
+        scale = scale.reshape(-1)
+        zeros = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(
+            inputs, scale, zeros, axis % inputs.dim(), *limits
+        )
+
+    def _refuse_export(self) -> None:
+        model = calling_model(self)
+        members = model.modules() if model is not None else [self]
+        names = [
+            name_in(model, m) if model is not None else type(m).__name__
+            for m in members
+            if isinstance(m, TensorQuantizer) and m.needs_amax
+        ]
+        raise RuntimeError(
+            f"ONNX export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
+            "Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True)"
+        )
+
+
+def _scale_dtype(inputs: Tensor) -> torch.dtype:
+    # Under autocast the half-precision tensors are temporary: the exported model is float32.
+    autocast = torch.is_autocast_enabled(inputs.device.type)
+    return torch.float32 if autocast else inputs.dtype

@@ -1,0 +1,163 @@
+"""Fake quantization as ONNX QuantizeLinear / DequantizeLinear, while an exporter is running.
+
+Both exporters of torch are served: the current one records symbolic ONNX nodes, the TorchScript
+one calls the `symbolic` method of an autograd Function. Scales become initializers through the
+exporters' own constant folding; weights are left as they are, under their own names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytorch_quant.axes import Axis
+from pytorch_quant.fake_quant import compute_scale, fake_quantize_dynamic, quantize_to_codes
+from pytorch_quant.formats import FloatFormat, Format, IntFormat, parse_format
+
+_HALF_SCALE_OPSET = 19
+
+
+def quantize_dequantize(
+    x: Tensor, amax: Tensor, axis: Axis, fmt: Format, *, scale_dtype: torch.dtype
+) -> Tensor:
+    """Put a Q/DQ pair on `x` into the graph that is being exported.
+
+    A grid that ONNX has no type for (fewer bits, or a narrow range) is an int8 pair behind a clip
+    to the range of its codes, which gives the same values.
+
+    Args:
+        x: The tensor that is quantized.
+        amax: float32, shape `()` or that of `axes.amax_shape`.
+        axis: The kept axis, None per tensor.
+        fmt: The number format.
+        scale_dtype: The dtype whose precision the scale has.
+
+    Raises:
+        ValueError: the format or the axis has no ONNX form.
+    """
+    check_exportable(fmt, axis)
+    amax = amax.detach()
+    scale = compute_scale(amax, fmt, scale_dtype)
+    if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
+        x = torch.maximum(x, (fmt.qmin * scale).to(x.dtype))
+        x = torch.minimum(x, (fmt.qmax * scale).to(x.dtype))
+    channel_axis = None
+    if amax.dim() and isinstance(axis, int):
+        channel_axis = axis % x.dim()
+    scale = _positive(scale.reshape(() if channel_axis is None else -1), fmt)
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            # The tracer warns of values that it takes as constants, which is what they are.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            values = tuple(scale.reshape(-1).tolist())
+        return _TracedQdq.apply(x, values, channel_axis, fmt.name)
+    scale = scale.to(x.dtype)
+    attributes = {} if channel_axis is None else {"axis": channel_axis}
+    storage = fmt.storage
+    zero_point = torch.zeros_like(scale, dtype=torch.float32).to(storage)
+    codes = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x, scale, zero_point), attributes, dtype=storage, shape=x.shape
+    )
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", (codes, scale, zero_point), attributes, dtype=x.dtype, shape=x.shape
+    )
+
+
+def dynamic_quantize_dequantize(x: Tensor) -> Tensor:
+    """Put DynamicQuantizeLinear and DequantizeLinear on `x` into the graph being exported."""
+    if torch.jit.is_tracing():
+        return _TracedDynamicQdq.apply(x)
+    codes, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+        "DynamicQuantizeLinear",
+        (x.float(),),
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+    )
+    y = torch.onnx.ops.symbolic(
+        "DequantizeLinear", (codes, scale, zero_point), dtype=torch.float32, shape=x.shape
+    )
+    return y.to(x.dtype)
+
+
+def check_exportable(fmt: Format, axis: Axis) -> None:
+    """Raise where ONNX has no Q/DQ form.
+
+    Raises:
+        ValueError: an integer format wider than 8 bits, E2M1, or several kept axes.
+    """
+    if isinstance(fmt, IntFormat) and fmt.bits > 8:
+        raise ValueError(
+            f"{fmt.bits}-bit codes have no Q/DQ form in the opsets that runtimes take; "
+            "use 2 to 8 bits or (4, 3), or disable this quantizer before the export"
+        )
+    if isinstance(fmt, FloatFormat) and fmt.name != "e4m3":
+        raise ValueError(
+            f"{fmt.name} has no Q/DQ form in the opsets that runtimes take; use (4, 3), or disable "
+            "this quantizer before the export"
+        )
+    if isinstance(axis, tuple):
+        raise ValueError(
+            f"ONNX keeps one axis at most, got axis={axis}; calibrate this quantizer with one axis"
+        )
+
+
+def _positive(scale: Tensor, fmt: Format) -> Tensor:
+    """Give a channel of zeros the largest scale of its tensor, as runtimes refuse a scale of 0."""
+    largest = scale.amax()
+    fallback = torch.where(largest > 0, largest, 1.0 / fmt.bound)
+    return torch.where(scale > 0, scale, fallback)
+
+
+class _TracedQdq(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scales: tuple[float, ...], axis: int | None, name: str
+    ) -> Tensor:
+        fmt = parse_format(name)
+        shape = [-1 if a == axis else 1 for a in range(x.dim())] if axis is not None else []
+        scale = torch.tensor(scales, device=x.device).reshape(shape)
+        return (quantize_to_codes(x, scale, fmt) * scale).to(x.dtype)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, scales: tuple[float, ...], axis: int | None, name: str) -> Any:
+        from torch.onnx import JitScalarType
+
+        kind = JitScalarType.from_value(x)
+        # Before opset 19 the operators take float32 only; the casts stand outside the pair.
+        cast = kind.dtype() != torch.float32 and _opset() < _HALF_SCALE_OPSET
+        scale = torch.tensor(scales, dtype=torch.float32 if cast else kind.dtype())
+        if axis is None:
+            scale = scale.reshape(())
+        zero_point = torch.zeros_like(scale, dtype=torch.float32).to(parse_format(name).storage)
+        constants = [g.op("Constant", value_t=value) for value in (scale, zero_point)]
+        attributes = {} if axis is None else {"axis_i": axis}
+        value = g.op("Cast", x, to_i=torch.onnx.TensorProtoDataType.FLOAT) if cast else x
+        codes = g.op("QuantizeLinear", value, *constants, **attributes)
+        y = g.op("DequantizeLinear", codes, *constants, **attributes)
+        if cast:
+            y = g.op("Cast", y, to_i=kind.onnx_type())
+        # The exporter writes convolutions only for weights whose shape it knows.
+        y.setType(x.type())
+        return y
+
+
+def _opset() -> int:
+    from torch.onnx.symbolic_helper import GLOBALS
+
+    return GLOBALS.export_onnx_opset_version
+
+
+class _TracedDynamicQdq(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return fake_quantize_dynamic(x)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        codes, scale, zero_point = g.op("DynamicQuantizeLinear", x, outputs=3)
+        y = g.op("DequantizeLinear", codes, scale, zero_point)
+        y.setType(x.type())
+        return y
