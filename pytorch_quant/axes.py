@@ -112,6 +112,9 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         return x.new_zeros(shape)
     if not reduced:
         return x.abs()
+    if torch.compiler.is_exporting():
+        # ONNX exporters translate a reduction over named dimensions only.
+        return x.abs().amax(reduced, keepdim=axis is not None)
     if axis is None:
         low, high = torch.aminmax(x)
         return torch.maximum(high, -low)

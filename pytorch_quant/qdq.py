@@ -8,6 +8,8 @@ exporters' own constant folding; weights are left as they are, under their own n
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,16 @@ from pytorch_quant.fake_quant import compute_scale, fake_quantize_dynamic, quant
 from pytorch_quant.formats import FloatFormat, Format, IntFormat, parse_format
 
 _HALF_SCALE_OPSET = 19
+
+
+@torch.compiler.assume_constant_result
+def exporting_to_onnx() -> bool:
+    """Whether an ONNX exporter is running, by whichever route it traces the model.
+
+    The tracer of a strict export takes `torch.onnx.is_in_onnx_export()` for False; it calls this
+    function instead.
+    """
+    return torch.onnx.is_in_onnx_export()
 
 
 def quantize_dequantize(
@@ -49,9 +61,7 @@ def quantize_dequantize(
         channel_axis = axis % x.dim()
     scale = _positive(scale.reshape(() if channel_axis is None else -1), fmt)
     if torch.jit.is_tracing():
-        with warnings.catch_warnings():
-            # The tracer warns of values that it takes as constants, which is what they are.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with meant_as_constants():
             values = tuple(scale.reshape(-1).tolist())
         return _TracedQdq.apply(x, values, channel_axis, fmt.name)
     scale = scale.to(x.dtype)
@@ -106,9 +116,17 @@ def check_exportable(fmt: Format, axis: Axis) -> None:
 
 def _positive(scale: Tensor, fmt: Format) -> Tensor:
     """Give a channel of zeros the largest scale of its tensor, as runtimes refuse a scale of 0."""
-    largest = scale.amax()
+    largest = scale.max()
     fallback = torch.where(largest > 0, largest, 1.0 / fmt.bound)
     return torch.where(scale > 0, scale, fallback)
+
+
+@contextmanager
+def meant_as_constants() -> Iterator[None]:
+    """The tracer warns of values that it takes as constants, which is what scales are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
 
 
 class _TracedQdq(torch.autograd.Function):
@@ -118,7 +136,8 @@ class _TracedQdq(torch.autograd.Function):
     ) -> Tensor:
         fmt = parse_format(name)
         shape = [-1 if a == axis else 1 for a in range(x.dim())] if axis is not None else []
-        scale = torch.tensor(scales, device=x.device).reshape(shape)
+        with meant_as_constants():
+            scale = torch.tensor(scales, device=x.device).reshape(shape)
         return (quantize_to_codes(x, scale, fmt) * scale).to(x.dtype)
 
     @staticmethod
@@ -127,7 +146,7 @@ class _TracedQdq(torch.autograd.Function):
 
         kind = JitScalarType.from_value(x)
         # Before opset 19 the operators take float32 only; the casts stand outside the pair.
-        cast = kind.dtype() != torch.float32 and _opset() < _HALF_SCALE_OPSET
+        cast = kind.dtype() != torch.float32 and g.opset < _HALF_SCALE_OPSET
         scale = torch.tensor(scales, dtype=torch.float32 if cast else kind.dtype())
         if axis is None:
             scale = scale.reshape(())
@@ -144,16 +163,11 @@ class _TracedQdq(torch.autograd.Function):
         return y
 
 
-def _opset() -> int:
-    from torch.onnx.symbolic_helper import GLOBALS
-
-    return GLOBALS.export_onnx_opset_version
-
-
 class _TracedDynamicQdq(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return fake_quantize_dynamic(x)
+        with meant_as_constants():
+            return fake_quantize_dynamic(x)
 
     @staticmethod
     def symbolic(g: Any, x: Any) -> Any:

@@ -75,6 +75,13 @@ def name_after_quantizers(graph: Any) -> None:
             node.input[i] = renamed.get(used, used)
 
 
+def drop_traces(graph: Any) -> None:
+    """Drop the exporter's stack traces: they name files of this machine and outweigh small graphs."""
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+    graph.ClearField("metadata_props")
+
+
 def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Any:
     """The value of a constant, seen through the clip that stands before a narrow grid."""
     import onnx
@@ -140,13 +147,24 @@ def _free(name: str, taken: set[str]) -> str:
     return candidate
 
 
+def _used_by(node: Any) -> set[str]:
+    """The names that a node reads, those in the bodies of If and Loop included."""
+    used = set(node.input)
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            used |= {output.name for output in body.output}
+            for inner in body.node:
+                used |= _used_by(inner)
+    return used
+
+
 def _drop_unused(graph: Any) -> None:
     kept = {output.name for output in graph.output}
     nodes = []
     for node in reversed(graph.node):
         if any(output in kept for output in node.output):
             nodes.append(node)
-            kept.update(node.input)
+            kept.update(_used_by(node))
     del graph.node[:]
     graph.node.extend(reversed(nodes))
     constants = [c for c in graph.initializer if c.name in kept]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pytorch_quant.export.checks import check_quantizers
-from pytorch_quant.export.initializers import name_after_quantizers, store_integer_weights
+from pytorch_quant.export.initializers import drop_traces, name_after_quantizers, store_integer_weights
 from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 
@@ -111,6 +111,7 @@ def export_onnx(
         proto = program.model_proto
         stored = store_integer_weights(proto.graph) if weights == "int8" else 0
         name_after_quantizers(proto.graph)
+        drop_traces(proto.graph)
         onnx.checker.check_model(proto)
         onnx.save(proto, aside)
         size = aside.stat().st_size

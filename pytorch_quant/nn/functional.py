@@ -23,7 +23,7 @@ def clip(x: Tensor, clip_value_min: Tensor | float, clip_value_max: Tensor | flo
     bounds = []
     for name, bound in (("clip_value_min", clip_value_min), ("clip_value_max", clip_value_max)):
         if isinstance(bound, Tensor):
-            if bound.requires_grad and bound.numel() != 1:
+            if bound.requires_grad and bound.dim() and bound.numel() != 1:
                 raise ValueError(f"{name} can only be scalar, got shape {tuple(bound.shape)}")
             bounds.append(bound.to(x.dtype))
         else:

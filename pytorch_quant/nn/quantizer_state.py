@@ -224,7 +224,7 @@ class QuantizerState(nn.Module):
         """Make room for a loaded buffer; returns what is wrong with it, if anything."""
         present = getattr(self, buffer, None)
         if buffer == "_amax":
-            if bool((loaded < 0).any()):
+            if not loaded.is_meta and bool((loaded < 0).any()):
                 return f"{key}: amax must be >= 0, got a minimum of {float(loaded.min()):.6g}"
             fits = self._block_size is not None or fits_axis(loaded.shape, self._axis)
             scalars = present is not None and present.numel() == loaded.numel() == 1

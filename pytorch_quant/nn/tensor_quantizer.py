@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -257,7 +258,7 @@ class TensorQuantizer(QuantizerState):
         try:
             if self._block_size is None:
                 return self._quantize_values(inputs, self._axis)
-            if torch.onnx.is_in_onnx_export():
+            if qdq.exporting_to_onnx():
                 raise ValueError(
                     "a block quantizer has no form in a plain torch.onnx.export; use a "
                     "per-channel descriptor, or disable this quantizer before the export"
@@ -269,14 +270,15 @@ class TensorQuantizer(QuantizerState):
             raise ValueError(f"{qualified_name(self)}: {error}") from error
 
     def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
-        exporting = torch.onnx.is_in_onnx_export()
+        exporting = qdq.exporting_to_onnx()
         if self._dynamic:
             quantize_dynamic = qdq.dynamic_quantize_dequantize if exporting else None
             return (quantize_dynamic or fake_quantize_dynamic)(inputs)
         axes.kept_axes(axis, inputs.dim())
-        if exporting and not self.calibrated and not self._fb():
+        if (exporting or torch.compiler.is_exporting()) and not (self.calibrated or self._fb()):
             self._refuse_export()
-        amax = self._effective_amax(inputs, axis)
+        with qdq.meant_as_constants() if exporting else nullcontext():
+            amax = self._effective_amax(inputs, axis)
         if self._block_size is not None and amax.dim():
             amax = amax.reshape(-1, 1)
         if not self._fake_quant:

@@ -123,7 +123,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def np_step(kind, x, state, weights, amax, on_input=True):
+def np_step(kind, x, state, weights, amax):
     """One time step.
 
     `weights` is a dict with the keys of a cell, `amax` the range of `[x, h]`, or None to take that
@@ -132,8 +132,7 @@ def np_step(kind, x, state, weights, amax, on_input=True):
     h = state[0]
     if amax is None:
         amax = max(np.abs(x).max(), np.abs(h).max())
-    if on_input:
-        x, h = np_fake_quantize(x, amax), np_fake_quantize(h, amax)
+    x, h = np_fake_quantize(x, amax), np_fake_quantize(h, amax)
     w_ih, w_hh = weights["weight_ih"], weights["weight_hh"]
     row_amax = np.maximum(np.abs(w_ih).max(1), np.abs(w_hh).max(1))[:, None]
     w_ih, w_hh = np_fake_quantize(w_ih, row_amax), np_fake_quantize(w_hh, row_amax)
@@ -539,11 +538,12 @@ def test_classes_are_the_torch_classes(name):
     assert all(p.is_meta and p.dtype == torch.float64 for p in placed.parameters())
 
 
-def test_quantizers_added_to_a_float_layer():
+@pytest.mark.parametrize("count", [{}, {"num_layers": 4}])
+def test_quantizers_added_to_a_float_layer(count):
     plain = nn.LSTM(INPUT, HIDDEN, num_layers=2, bidirectional=True)
     layer = rnn.QuantLSTM.__new__(rnn.QuantLSTM)
     layer.__dict__.update(copy.deepcopy(plain).__dict__)
-    layer.init_quantizer(QuantDescriptor(8), QuantDescriptor(8, axis=0))
+    layer.init_quantizer(QuantDescriptor(8), QuantDescriptor(8, axis=0), **count)
     expected = rnn.QuantLSTM(INPUT, HIDDEN, num_layers=2, bidirectional=True)
     expected.load_state_dict(plain.state_dict())
     x = sample(plain)
@@ -551,27 +551,47 @@ def test_quantizers_added_to_a_float_layer():
 
 
 @pytest.mark.parametrize(
-    "module, args, error",
+    "module, shapes, error",
     [
         (rnn.QuantLSTM(4, 5), [(6, 3, 3)], RuntimeError),
         (rnn.QuantLSTM(4, 5), [(4,)], ValueError),
         (rnn.QuantGRU(4, 5), [(6, 3, 4), (1, 2, 5)], RuntimeError),
         (rnn.QuantGRU(4, 5), [(6, 4), (1, 3, 5)], RuntimeError),
-        (rnn.QuantGRUCell(4, 5), [(3, 5), (3, 4)], RuntimeError),
-        (rnn.QuantGRUCell(4, 5), [(3, 4), (1, 5)], RuntimeError),
-        (rnn.QuantRNNCell(4, 5), [(2, 3, 4)], RuntimeError),
     ],
 )
-def test_wrong_shapes_raise(module, args, error):
-    with pytest.raises(error, match=r"expected|Expected|must be"):
-        module(*(torch.zeros(shape) for shape in args))
+def test_layers_refuse_wrong_shapes(module, shapes, error):
+    with pytest.raises(
+        error, match=r"input must have|2-D or 3-D|must be equal|Expected hidden size"
+    ):
+        module(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize(
+    "x, hx, wrong",
+    [
+        ((3, 5), (3, 4), "an input"),
+        ((3, 5), None, "an input"),
+        ((2, 3, 4), None, "an input"),
+        ((3, 4), (1, 5), "a state"),
+        ((4,), (1, 5), "a state"),
+    ],
+)
+def test_cells_refuse_wrong_shapes(x, hx, wrong):
+    cell = rnn.QuantGRUCell(4, 5)
+    with pytest.raises(RuntimeError, match=f"QuantGRUCell: expected {wrong} of shape"):
+        cell(torch.zeros(x), hx and torch.zeros(hx))
+
+
+def test_cell_refuses_a_cell_state_that_would_broadcast():
+    with pytest.raises(RuntimeError, match="expected a state of shape"):
+        rnn.QuantLSTMCell(4, 5)(torch.zeros(3, 4), (torch.zeros(3, 5), torch.zeros(1, 5)))
 
 
 # Export
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("case", ["lstm_proj", "gru_batch_first", "rnn_relu", "cell"])
+@pytest.mark.parametrize("case", ["lstm_proj_no_bias", "gru_batch_first", "rnn", "cell"])
 def test_onnx_export_equals_torch(case, dynamo, tmp_path):
     module, _ = build(CELLS, "lstm") if case == "cell" else build(LAYERS, case)
     module.eval()

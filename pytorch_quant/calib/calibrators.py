@@ -1,0 +1,304 @@
+"""Calibrators: what a quantizer collects over the batches, and the amax it makes of that."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytorch_quant.axes import Axis, canonical_axis, kept_axes, reduce_amax, reduced_axes
+from pytorch_quant.calib.histogram import WORKING_TYPES, Histogram, bad_values
+from pytorch_quant.calib.search import entropy_amax, mse_amax, percentile_amax
+from pytorch_quant.formats import make_format
+
+METHODS = ("max", "percentile", "mse", "entropy")
+
+
+class Calibrator:
+    """Statistics of the values that a quantizer meets; a subclass says which.
+
+    On the CPU bad values raise at once. On an accelerator that would stop the device for every
+    batch: there the first bad batch and all later ones are left out, and `compute_amax` raises,
+    once; asked again, it answers from the batches before.
+
+    Args:
+        num_bits: Integer width 2 to 16, or a floating-point pair such as `(4, 3)`.
+        axis: The kept axis or axes; None is per tensor.
+        unsigned: Negative values are an error.
+
+    Raises:
+        TypeError: `num_bits` or `axis` is of the wrong kind.
+        ValueError: no such number format.
+    """
+
+    # Device types on which reading a value back costs nothing.
+    _host_types = ("cpu",)
+
+    def __init__(
+        self, num_bits: int | tuple[int, int] = 8, axis: Axis = None, unsigned: bool = False
+    ) -> None:
+        self._format = make_format(num_bits, unsigned)
+        self._num_bits = tuple(num_bits) if isinstance(num_bits, (tuple, list)) else num_bits
+        self._axis = canonical_axis(axis)
+        self._unsigned = unsigned
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        self._batches = 0
+        self._device: torch.device | None = None
+        self._shape: tuple[int, ...] | None = None
+        # Of the first bad batch on an accelerator: finite, least value, number of the batch.
+        self._fault: Tensor | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Add a batch of values to the statistics. An empty tensor adds nothing.
+
+        Args:
+            x: Any shape that has the kept axis, any dtype; values count as float32.
+
+        Raises:
+            CalibrationError: NaN or Inf, or negative values for an unsigned quantizer (on the
+                CPU). Nothing of this batch is collected, all earlier statistics are kept.
+            RuntimeError: the kept axis changed its size, or the device changed.
+            ValueError: `x` does not have the kept axis.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.detach()
+            if x.dtype not in WORKING_TYPES:
+                x = x.float()
+            if x.numel() == 0:
+                return
+            maximum = reduce_amax(x, self._axis).float()
+            self._check_same(x.device, tuple(maximum.shape))
+            valid = self._check_values(x, maximum)
+            self._device, self._shape = x.device, tuple(maximum.shape)
+            self._add(x, maximum, valid)
+            self._batches += 1
+
+    def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The amax of the statistics so far.
+
+        Returns:
+            float32, real units, `()` per tensor, else 1 in all axes but the kept ones; None if no
+            values were seen.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        fields = f"num_bits={self._num_bits}, axis={self._axis}, unsigned={self._unsigned}"
+        return f"{type(self).__name__}({fields})"
+
+    def _add(self, x: Tensor, maximum: Tensor, valid: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _check_same(self, device: torch.device, shape: tuple[int, ...]) -> None:
+        if self._device not in (None, device):
+            raise RuntimeError(
+                f"the device changed between batches, from {self._device} to {device}; collect "
+                "on one device, or reset the calibrator"
+            )
+        if self._shape not in (None, shape):
+            raise RuntimeError(
+                f"the amax shape changed between batches, from {self._shape} to {shape}; axis "
+                f"{self._axis} must keep its size: use axis=None, or reset the calibrator"
+            )
+
+    def _check_values(self, x: Tensor, maximum: Tensor) -> Tensor | None:
+        finite = maximum.isfinite().all()
+        least = x.amin().float() if self._unsigned else maximum.new_zeros(())
+        if x.device.type in self._host_types:
+            if not finite:
+                bad = x.numel() - int(x.isfinite().sum())
+                raise bad_values(False, f"in {bad} of {x.numel()} values")
+            if least < 0:
+                raise bad_values(True, f"with minimum {float(least):.6g}")
+            return None
+        fault = torch.stack([finite.float(), least, torch.full_like(least, self._batches)])
+        if self._fault is not None:
+            fault = torch.where(_is_good(self._fault), fault, self._fault)
+        self._fault = fault
+        return _is_good(fault)
+
+    def _raise_deferred(self) -> None:
+        """Raise for a bad batch that was met on an accelerator, once."""
+        if self._fault is None:
+            return
+        fault, self._fault = self._fault, None
+        if not _is_good(fault):
+            finite, least, batch = fault.tolist()
+            where = f"with minimum {least:.6g} " if finite else ""
+            where += f"in batch {batch:.0f} (counted from 0), all later ones left out too"
+            raise bad_values(bool(finite), where)
+
+
+class MaxCalibrator(Calibrator):
+    """Keeps the largest magnitude, per tensor or per channel.
+
+    Args:
+        num_bits, axis, unsigned: As in `Calibrator`.
+        track_amax: Keep the maximum of every batch in `amaxs` too.
+
+    Raises:
+        TypeError, ValueError: As in `Calibrator`.
+    """
+
+    def __init__(
+        self,
+        num_bits: int | tuple[int, int] = 8,
+        axis: Axis = None,
+        unsigned: bool = False,
+        track_amax: bool = False,
+    ) -> None:
+        self._track_amax = track_amax
+        super().__init__(num_bits, axis, unsigned)
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        super().reset()
+        self._calib_amax: Tensor | None = None
+        self._tracked: list[Tensor] = []
+
+    @property
+    def amaxs(self) -> list[np.ndarray]:
+        """The amax of every batch, oldest first; empty without `track_amax`."""
+        return [a.cpu().numpy().copy() for a in self._tracked if bool((a >= 0).all())]
+
+    def compute_amax(self, method: str = "max", **options: Any) -> Tensor | None:
+        """The largest magnitude so far.
+
+        Args:
+            method: `"max"`; no other can be answered from maxima.
+            options: None exist.
+
+        Raises:
+            CalibrationError: a bad batch was met on an accelerator.
+            TypeError: an option was given.
+            ValueError: another method.
+        """
+        if method != "max":
+            raise ValueError(
+                f"only maxima were collected, which cannot answer method={method!r}; collect with "
+                'a HistogramCalibrator (calib_method="histogram" in the descriptor)'
+            )
+        if options:
+            raise TypeError(f'method="max" takes no options, got {", ".join(sorted(options))}')
+        self._raise_deferred()
+        if self._calib_amax is None or bool((self._calib_amax < 0).any()):
+            return None
+        with torch.inference_mode(False):
+            return self._calib_amax.clone()
+
+    def _add(self, x: Tensor, maximum: Tensor, valid: Tensor | None) -> None:
+        old = self._calib_amax
+        new = maximum if old is None else torch.maximum(old, maximum)
+        if valid is not None:
+            # -1 stands for nothing seen.
+            nothing = torch.full_like(new, -1.0)
+            new = torch.where(valid, new, nothing if old is None else old)
+            maximum = torch.where(valid, maximum, nothing)
+        self._calib_amax = new
+        if self._track_amax:
+            self._tracked.append(maximum)
+
+
+class HistogramCalibrator(Calibrator):
+    """Keeps a histogram of magnitudes, per tensor or per channel, which answers every method.
+
+    Args:
+        num_bits, axis, unsigned: As in `Calibrator`.
+        num_bins: Bins of each histogram.
+        grow_method: Without effect; the range always grows by doubling.
+        skip_zeros: Do not count exact zeros.
+        torch_hist: Without effect.
+
+    Raises:
+        TypeError, ValueError: As in `Calibrator`, or `num_bins` is out of range.
+    """
+
+    def __init__(
+        self,
+        num_bits: int | tuple[int, int] = 8,
+        axis: Axis = None,
+        unsigned: bool = False,
+        num_bins: int = 2048,
+        grow_method: str | None = None,
+        skip_zeros: bool = False,
+        torch_hist: bool = True,
+    ) -> None:
+        self._num_bins = Histogram(num_bins).bins
+        self._skip_zeros = skip_zeros
+        self._torch_hist = torch_hist
+        super().__init__(num_bits, axis, unsigned)
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        super().reset()
+        self._histogram: Histogram | None = None
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """The statistics; None before any values."""
+        return self._histogram
+
+    @property
+    def _calib_hist(self) -> Tensor | None:
+        return None if self._histogram is None else self._flat(self._histogram.counts)
+
+    @property
+    def _calib_bin_edges(self) -> Tensor | None:
+        return None if self._histogram is None else self._flat(self._histogram.edges)
+
+    def compute_amax(
+        self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
+    ) -> Tensor | None:
+        """The amax that a method finds in the histogram; see `pytorch_quant.calib.search`.
+
+        The statistics are kept, for other methods. Options of other methods have no effect.
+
+        Args:
+            method: `"max"`, `"percentile"`, `"mse"` or `"entropy"`.
+            stride: Bins between the candidates of `mse` and `entropy`.
+            start_bin: The least candidate of `mse` and `entropy`, in bins.
+            percentile: In percent, 0 to 100.
+
+        Raises:
+            CalibrationError: a bad batch was met on an accelerator.
+            ValueError: an unknown method, or an option out of range.
+        """
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; use {', '.join(map(repr, METHODS))}")
+        self._raise_deferred()
+        histogram = self._histogram
+        if histogram is None or int(histogram.seen) == 0:
+            return None
+        with torch.inference_mode(False):
+            counts, width, amax = histogram.counts, histogram.width, histogram.maximum.clone()
+            if method == "percentile":
+                amax = percentile_amax(counts, width, percentile, maximum=amax)
+            elif method != "max":
+                search = partial(mse_amax if method == "mse" else entropy_amax, counts, width)
+                amax = search(self._format, start_bin=start_bin, stride=stride, maximum=amax)
+            return amax.reshape(self._shape or ())
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows[0] if self._axis is None else rows
+
+    def _add(self, x: Tensor, maximum: Tensor, valid: Tensor | None) -> None:
+        channels = maximum.numel()
+        if self._histogram is None:
+            self._histogram = Histogram(
+                self._num_bins, channels, skip_zeros=self._skip_zeros, device=x.device
+            )
+        if self._axis is not None:
+            kept = kept_axes(self._axis, x.dim())
+            x = x.permute(*kept, *reduced_axes(self._axis, x.dim())).reshape(channels, -1)
+        self._histogram.update(x, maximum=maximum, valid=valid)
+
+
+def _is_good(fault: Tensor) -> Tensor:
+    """Whether a batch was finite and, where that matters, free of negative values."""
+    return (fault[0] > 0) & (fault[1] >= 0)
