@@ -1,4 +1,4 @@
-"""Post-training quantization: run batches, fill every amax, change the method without a new pass."""
+"""Post-training quantization: run batches, fill every amax, switch methods without a new pass."""
 
 from __future__ import annotations
 

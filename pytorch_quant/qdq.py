@@ -65,7 +65,7 @@ def quantize_dequantize(
             values = tuple(scale.reshape(-1).tolist())
         return _TracedQdq.apply(x, values, channel_axis, fmt.name)
     scale = scale.to(x.dtype)
-    attributes = {} if channel_axis is None else {"axis": channel_axis}
+    attributes: dict[str, Any] = {} if channel_axis is None else {"axis": channel_axis}
     storage = fmt.storage
     zero_point = torch.zeros_like(scale, dtype=torch.float32).to(storage)
     codes = torch.onnx.ops.symbolic(

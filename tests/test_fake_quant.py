@@ -213,7 +213,7 @@ def test_integer_form_keeps_the_dtype_that_holds_the_codes(dtype, bits, kept):
 
 
 def test_integer_form_refuses_negatives_when_unsigned():
-    with pytest.raises(ValueError, match="Negative values encountered.*minimum -0.5"):
+    with pytest.raises(ValueError, match=r"Negative values encountered.*minimum -0\.5"):
         fake_quant.quantize(torch.tensor([1.0, -0.5]), torch.tensor(1.0), make_format(8, True))
 
 

@@ -55,9 +55,7 @@ def test_max_calibration_takes_the_maxima_of_float_activations_and_of_weights():
         seen = inputs_of(model, layer, batches)
         assert layer._input_quantizer.amax.item() == np.abs(seen).max()
         weight = layer.weight.detach().numpy()
-        np.testing.assert_array_equal(
-            layer._weight_quantizer.amax, reference.amax_of(weight, 0)
-        )
+        np.testing.assert_array_equal(layer._weight_quantizer.amax, reference.amax_of(weight, 0))
     assert [row.name for row in report.ranges] == list(quantizers(model))
     assert report.unreached == [] and report.batches == 3
     assert "0._input_quantizer" in str(report) and "(4 channels)" in str(report)
@@ -100,7 +98,7 @@ def test_max_keeps_no_histograms():
     model = network()
     calibrate(model, images(), "max", progress=False)
     assert all(type(q.calibrator) is MaxCalibrator for q in quantizers(model).values())
-    with pytest.raises(ValueError, match="only maxima were collected by 0._input_quantizer, 4._in"):
+    with pytest.raises(ValueError, match=r"only maxima were collected by 0\._input_quantizer, 4"):
         compute_amax(model, "entropy")
     calibrate(model, images(), "mse", progress=False)
     kinds = {n: type(q.calibrator) for n, q in quantizers(model).items()}
@@ -235,9 +233,7 @@ def test_nan_names_the_quantizer_and_the_batch_and_keeps_earlier_statistics():
     model = network()
     good, bad = images(2)
     bad[0, 0, 0, 0] = torch.nan
-    with pytest.raises(
-        CalibrationError, match=r"calibration batch 1: 0\._input_quantizer: .*NaN"
-    ):
+    with pytest.raises(CalibrationError, match=r"calibration batch 1: 0\._input_quantizer: .*NaN"):
         calibrate(model, [good, bad], "mse", progress=False)
     compute_amax(model, "max")
     assert model[0]._input_quantizer.amax == good.abs().max()
@@ -256,7 +252,7 @@ def test_no_batches_no_quantizers_and_no_batch():
         calibrate(network(), [], progress=False)
     with pytest.raises(ValueError, match="has no TensorQuantizer"):
         calibrate(nn.Linear(2, 2), images(), progress=False)
-    with pytest.raises(TypeError, match="mapping of keywords.* got str"):
+    with pytest.raises(TypeError, match=r"mapping of keywords.* got str"):
         calibrate(network(), ["image.png"], progress=False)
 
 

@@ -125,10 +125,8 @@ class Calibrator:
 
     def _raise_deferred(self) -> None:
         """Raise for a bad batch that was met on an accelerator, once."""
-        if self._fault is None:
-            return
         fault, self._fault = self._fault, None
-        if not _is_good(fault):
+        if fault is not None and not _is_good(fault):
             finite, least, batch = fault.tolist()
             where = f"with minimum {least:.6g} " if finite else ""
             where += f"in batch {batch:.0f} (counted from 0), all later ones left out too"
@@ -211,9 +209,11 @@ class HistogramCalibrator(Calibrator):
     Args:
         num_bits, axis, unsigned: As in `Calibrator`.
         num_bins: Bins of each histogram.
-        grow_method: Without effect; the range always grows by doubling.
+        grow_method, torch_hist: Without effect; the range always grows by doubling.
         skip_zeros: Do not count exact zeros.
-        torch_hist: Without effect.
+
+    Attributes:
+        histogram: The statistics; None before any values.
 
     Raises:
         TypeError, ValueError: As in `Calibrator`, or `num_bins` is out of range.
@@ -237,20 +237,15 @@ class HistogramCalibrator(Calibrator):
     def reset(self) -> None:
         """Forget everything collected."""
         super().reset()
-        self._histogram: Histogram | None = None
-
-    @property
-    def histogram(self) -> Histogram | None:
-        """The statistics; None before any values."""
-        return self._histogram
+        self.histogram: Histogram | None = None
 
     @property
     def _calib_hist(self) -> Tensor | None:
-        return None if self._histogram is None else self._flat(self._histogram.counts)
+        return None if self.histogram is None else self._flat(self.histogram.counts)
 
     @property
     def _calib_bin_edges(self) -> Tensor | None:
-        return None if self._histogram is None else self._flat(self._histogram.edges)
+        return None if self.histogram is None else self._flat(self.histogram.edges)
 
     def compute_amax(
         self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
@@ -272,7 +267,7 @@ class HistogramCalibrator(Calibrator):
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; use {', '.join(map(repr, METHODS))}")
         self._raise_deferred()
-        histogram = self._histogram
+        histogram = self.histogram
         if histogram is None or int(histogram.seen) == 0:
             return None
         with torch.inference_mode(False):
@@ -289,14 +284,14 @@ class HistogramCalibrator(Calibrator):
 
     def _add(self, x: Tensor, maximum: Tensor, valid: Tensor | None) -> None:
         channels = maximum.numel()
-        if self._histogram is None:
-            self._histogram = Histogram(
+        if self.histogram is None:
+            self.histogram = Histogram(
                 self._num_bins, channels, skip_zeros=self._skip_zeros, device=x.device
             )
         if self._axis is not None:
-            kept = kept_axes(self._axis, x.dim())
-            x = x.permute(*kept, *reduced_axes(self._axis, x.dim())).reshape(channels, -1)
-        self._histogram.update(x, maximum=maximum, valid=valid)
+            order = kept_axes(self._axis, x.dim()) + reduced_axes(self._axis, x.dim())
+            x = x.permute(order).reshape(channels, -1)
+        self.histogram.update(x, maximum=maximum, valid=valid)
 
 
 def _is_good(fault: Tensor) -> Tensor:

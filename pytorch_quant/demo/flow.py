@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.optional import require
 from pytorch_quant.ptq import calibrate, compute_amax
 
-METHODS: list[tuple[str, str, dict[str, float]]] = [
+METHODS: list[tuple[str, str, dict[str, Any]]] = [
     ("max", "max", {}),
     ("percentile 99.9", "percentile", {"percentile": 99.9}),
     ("percentile 99.99", "percentile", {"percentile": 99.99}),

@@ -32,19 +32,18 @@ def histograms(model: nn.Module, amax: dict[str, dict[str, float]], path: Path) 
         path: The PNG file to write.
     """
     plt = _pyplot()
-    collected = {
-        name: quantizer.calibrator
-        for name, quantizer in named_quantizers(model).items()
-        if isinstance(quantizer.calibrator, HistogramCalibrator)
-        and quantizer.calibrator._calib_hist is not None
-    }
+    collected = {}
+    for name, quantizer in named_quantizers(model).items():
+        calibrator = quantizer.calibrator
+        if isinstance(calibrator, HistogramCalibrator):
+            counts, edges = calibrator._calib_hist, calibrator._calib_bin_edges
+            if counts is not None and edges is not None:
+                collected[name] = (counts.numpy(), edges.numpy())
     names = list(collected)
     shown = [names[i] for i in np.linspace(0, len(names) - 1, min(_PANELS, len(names))).astype(int)]
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for panel, name in zip(panels.flat, shown, strict=False):
-        counts = collected[name]._calib_hist.double().numpy()
-        edges = collected[name]._calib_bin_edges.double().numpy()
-        panel.stairs(counts, edges, fill=True, color="#bbbbbb")
+        panel.stairs(*collected[name], fill=True, color="#bbbbbb")
         panel.set_yscale("log")
         panel.set_title(name.removesuffix("._input_quantizer"), fontsize=10)
         panel.set_xlim(0, 1.05 * max(ranges[name] for ranges in amax.values()))
@@ -66,7 +65,8 @@ def accuracies(accuracy: dict[str, float], path: Path) -> None:
     """
     plt = _pyplot()
     rows, values = list(accuracy), list(accuracy.values())
-    colors = ["#555555" if r == "float32" else "#2166ac" if "int8" in r else "#ef8a62" for r in rows]
+    colors = ["#2166ac" if "int8" in row else "#ef8a62" for row in rows]
+    colors[rows.index("float32")] = "#555555"
     figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
     bars = panel.barh(rows, values, color=colors)
     panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)

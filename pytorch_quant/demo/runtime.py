@@ -23,9 +23,7 @@ def open_session(path: Path, *, optimize: bool = True) -> Any:
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def predict_onnx(session: Any, data: Split, description: str) -> torch.Tensor:

@@ -76,7 +76,7 @@ def name_after_quantizers(graph: Any) -> None:
 
 
 def drop_traces(graph: Any) -> None:
-    """Drop the exporter's stack traces: they name files of this machine and outweigh small graphs."""
+    """Drop the exporter's stack traces: they name local files and outweigh small graphs."""
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         item.ClearField("metadata_props")
     graph.ClearField("metadata_props")

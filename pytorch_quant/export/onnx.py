@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from pytorch_quant.export.checks import check_quantizers
-from pytorch_quant.export.initializers import drop_traces, name_after_quantizers, store_integer_weights
+from pytorch_quant.export.initializers import (
+    drop_traces,
+    name_after_quantizers,
+    store_integer_weights,
+)
 from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 

@@ -98,6 +98,15 @@ def test_the_fast_count_equals_the_general_one(bins):
     assert general.tolist() == expected_counts(x, bins, 3)
 
 
+def test_borders_of_bins_that_float32_does_not_hold():
+    borders = torch.arange(1, 100) / 100
+    x = torch.cat([torch.nextafter(borders, torch.tensor(v)) for v in (0.0, 1.0)] + [borders])
+    assert of(x, bins=100).counts[0].tolist() == expected_counts(x, 100, 0)
+    assert module._count_rows(x[None], 100, torch.tensor([0]))[0].tolist() == expected_counts(
+        x, 100, 0
+    )
+
+
 def test_the_range_doubles_and_merges_neighbouring_bins():
     histogram = of(torch.tensor([0.1, 0.3, 0.6, 0.9]), bins=4)
     assert histogram.counts.tolist() == [[1, 1, 1, 1]]

@@ -227,6 +227,14 @@ def test_few_bins(bins):
             assert 0 < float(search(counts, torch.ones(1), fmt, start_bin=1)) <= bins
 
 
+def test_the_largest_of_equal_candidates_wins():
+    counts = torch.zeros(50, 300, dtype=torch.int64)
+    counts[:, 150] = torch.arange(1, 51) ** 3
+    counts[:, 250] = torch.arange(50, 0, -1)
+    # Both spikes have a segment of their own, and with the second one clipped P has one bin only.
+    assert (entropy_amax(counts, torch.ones(50), INT8) == 251).all()
+
+
 def test_one_spike_keeps_its_value():
     histogram = Histogram()
     histogram.update(torch.full((1000,), 5.3))

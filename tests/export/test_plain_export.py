@@ -29,10 +29,9 @@ def network():
 
 
 def export(model, x, path, dynamo, **options):
+    options |= {"verbose": False} if dynamo else {}
     with torch.no_grad():
-        torch.onnx.export(
-            model.eval(), (x,), path, dynamo=dynamo, **({"verbose": False} if dynamo else {}), **options
-        )
+        torch.onnx.export(model.eval(), (x,), path, dynamo=dynamo, **options)
     return onnx.load(path)
 
 
@@ -132,9 +131,7 @@ def test_half_precision(tmp_path, dynamo, opset):
     model.half()
     file = export(model, x.half(), tmp_path / "m.onnx", dynamo, opset_version=opset)
     values = constants(file.graph)
-    kinds = {
-        values[n.input[1]].dtype for n in file.graph.node if n.op_type == "QuantizeLinear"
-    }
+    kinds = {values[n.input[1]].dtype for n in file.graph.node if n.op_type == "QuantizeLinear"}
     assert kinds == {np.dtype(np.float16 if opset == 19 else np.float32)}
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.half().numpy())
     np.testing.assert_allclose(got, model(x.half()).detach(), atol=2e-3)

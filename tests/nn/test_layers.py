@@ -80,9 +80,7 @@ def _fake_quantized(layer, x, name, case):
     axis = (None if case.get("groups", 1) > 1 else 1) if transposed else 0
     w = layer.weight.detach().numpy()
     with torch.no_grad():
-        twin.weight.copy_(
-            torch.from_numpy(reference.fake_quant(w, reference.amax_of(w, axis)))
-        )
+        twin.weight.copy_(torch.from_numpy(reference.fake_quant(w, reference.amax_of(w, axis))))
     q = reference.fake_quant(x.numpy(), np.abs(x.numpy()).max())
     return twin(torch.from_numpy(q))
 
@@ -268,9 +266,7 @@ def test_clip():
 
 
 def test_clip_gradients():
-    low, high = (
-        torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.7, 0.6)
-    )
+    low, high = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.7, 0.6))
     x = torch.randn(20, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(quant_nn.functional.clip, (x, low, high))
 

@@ -1,0 +1,216 @@
+import numpy as np
+import onnx
+import onnx_runs
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+
+from pytorch_quant import QuantDescriptor, calibrate, export_onnx, quant_modules
+from pytorch_quant import nn as quant_nn
+
+
+def network(channels=32):
+    with quant_modules.initialize():
+        return nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, groups=2),
+            nn.ConvTranspose2d(channels, 6, 2, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 5),
+        ).eval()
+
+
+@pytest.fixture
+def calibrated():
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    calibrate(model, [x], progress=False)
+    return model, x
+
+
+@pytest.mark.parametrize("weights", ["int8", "float"])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_runs_as_it_was_simulated(tmp_path, calibrated, weights, optimize):
+    model, x = calibrated
+    export_onnx(model, x, tmp_path / "m.onnx", weights=weights)
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy(), optimize=optimize)
+    # One flipped code of the last input is worth a step of the output.
+    tolerance = 5e-3 if optimize else 1e-6
+    np.testing.assert_allclose(got, model(x).detach(), atol=tolerance)
+
+
+def test_integer_weights_are_the_codes_of_the_simulation(tmp_path, calibrated):
+    model, x = calibrated
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    file = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    values = {c.name: c for c in file.graph.initializer}
+    weights = 0
+    for node in file.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in values:
+            continue
+        weights += 1
+        index = node.name.split(".")[0]
+        layer = model[int(index)]
+        codes = values[node.input[0]]
+        assert codes.data_type == TensorProto.INT8
+        scale = numpy_helper.to_array(values[node.input[1]])
+        axis = next(a.i for a in node.attribute if a.name == "axis")
+        assert axis == layer._weight_quantizer.axis
+        shape = [-1 if a == axis else 1 for a in range(layer.weight.dim())]
+        product = numpy_helper.to_array(codes).astype(np.float32) * scale.reshape(shape)
+        np.testing.assert_array_equal(product, layer._weight_quantizer(layer.weight).detach())
+    kinds = [n.op_type for n in file.graph.node]
+    assert weights == report.integer_weights == 4
+    assert report.quantize_nodes == kinds.count("QuantizeLinear") == 5
+    assert report.dequantize_nodes == kinds.count("DequantizeLinear") == 9
+    assert report.size == (tmp_path / "m.onnx").stat().st_size
+    assert report.float_quantizers == []
+    assert "5 Q, 9 DQ, 4 integer weights" in str(report)
+    assert not any(c.data_type == TensorProto.FLOAT and len(c.dims) > 1 for c in values.values())
+
+
+def test_names_say_whose_scale_it_is(tmp_path, calibrated):
+    model, x = calibrated
+    export_onnx(model, x, tmp_path / "m.onnx", input_names=["image"], output_names=["logits"])
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    names = {c.name for c in graph.initializer}
+    assert {"0._input_quantizer.scale", "0._weight_quantizer.scale"} <= names
+    assert "0._input_quantizer/QuantizeLinear" in {n.name for n in graph.node}
+    assert graph.input[0].name == "image" and graph.output[0].name == "logits"
+    assert not any(n.metadata_props for n in graph.node)
+
+
+def test_the_file_is_about_a_quarter(tmp_path):
+    model, x = network(256), torch.randn(1, 3, 8, 8)
+    calibrate(model, [x], progress=False)
+    small = export_onnx(model, x, tmp_path / "int8.onnx").size
+    large = export_onnx(model, x, tmp_path / "float.onnx", weights="float").size
+    assert 0.25 < small / large < 0.28
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_bits": 4}, {"num_bits": (4, 3)}, {"narrow_range": True}, {}], ids=str
+)
+def test_weights_of_every_format(tmp_path, fields):
+    desc = QuantDescriptor(axis=0, **fields)
+    model = nn.Sequential(quant_nn.QuantLinear(16, 8, quant_desc_weight=desc))
+    x = torch.randn(4, 16)
+    calibrate(model, [x], progress=False)
+    with torch.no_grad():
+        model[0].weight.mul_(1.7)
+        model[0].weight[3] = 0
+    model[0]._weight_quantizer._amax[3] = 0
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    assert report.integer_weights == 1 and report.quantize_nodes == 1
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=2e-6)
+
+
+def test_a_shared_weight_is_stored_once_for_each_scale(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = quant_nn.QuantLinear(8, 8)
+            self.b = quant_nn.QuantLinear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x)) @ self.a.weight
+
+    model, x = Tied(), torch.randn(2, 8)
+    calibrate(model, [x], progress=False)
+    export_onnx(model, x, tmp_path / "m.onnx")
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+
+
+def test_a_disabled_quantizer_is_float_and_listed(tmp_path, calibrated):
+    model, x = calibrated
+    for q in (model[6]._input_quantizer, model[6]._weight_quantizer):
+        q.disable()
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    assert report.float_quantizers == ["6._input_quantizer", "6._weight_quantizer"]
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+
+
+def test_a_float_model_exports_too(tmp_path):
+    report = export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "m.onnx")
+    assert (report.quantize_nodes, report.integer_weights) == (0, 0)
+
+
+def test_the_model_comes_back_as_it_was(tmp_path, calibrated):
+    model, x = calibrated
+    model.train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    export_onnx(model, x, tmp_path / "m.onnx")
+    assert model.training and not model[1].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def dead(model):
+    model[0]._input_quantizer.amax = 0.0
+
+
+def nan(model):
+    model[0]._input_quantizer.load_calib_amax = None
+    model[0]._input_quantizer._amax.fill_(torch.nan)
+
+
+def wide(model):
+    model[6]._weight_quantizer.num_bits = 16
+
+
+def uncalibrated(model):
+    model[0]._input_quantizer.amax = None
+    model[6]._weight_quantizer.amax = None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (dead, ValueError, r"0\._input_quantizer: amax is 0"),
+        (nan, ValueError, r"0\._input_quantizer: amax is not finite"),
+        (wide, ValueError, r"6\._weight_quantizer: 16-bit codes have no Q/DQ form"),
+        (
+            uncalibrated,
+            RuntimeError,
+            r"2 uncalibrated quantizer\(s\): 0\._input_quantizer, 6\._weight_quantizer\. Calib",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_named_and_the_old_file_stays(
+    tmp_path, calibrated, spoil, error, message
+):
+    model, x = calibrated
+    (tmp_path / "m.onnx").write_bytes(b"precious")
+    spoil(model)
+    with pytest.raises(error, match=message):
+        export_onnx(model, x, tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"precious"
+
+
+def test_paths_that_cannot_be_written(tmp_path, calibrated):
+    model, x = calibrated
+    with pytest.raises(FileNotFoundError, match="does not exist; create it first"):
+        export_onnx(model, x, tmp_path / "no" / "m.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        export_onnx(model, x, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_fails_leaves_no_file(tmp_path, calibrated):
+    model, _ = calibrated
+    with pytest.raises(Exception, match=r"torch\.export"):
+        export_onnx(model, torch.randn(2, 5, 8, 8), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_weights(tmp_path, calibrated):
+    with pytest.raises(ValueError, match="weights must be one of int8, float, got 'int4'"):
+        export_onnx(*calibrated, tmp_path / "m.onnx", weights="int4")
