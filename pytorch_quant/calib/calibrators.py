@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytorch_quant.axes import Axis, canonical_axis, kept_axes, reduce_amax, reduced_axes
-from pytorch_quant.calib.histogram import WORKING_TYPES, Histogram, bad_values
+from pytorch_quant.calib.histogram import WORKING_TYPES, Histogram, bad_values, flat_as_stored
 from pytorch_quant.calib.search import entropy_amax, mse_amax, percentile_amax
 from pytorch_quant.formats import make_format
 
@@ -72,6 +72,8 @@ class Calibrator:
                 x = x.float()
             if x.numel() == 0:
                 return
+            if self._axis is None:
+                x = flat_as_stored(x)
             maximum = reduce_amax(x, self._axis).float()
             self._check_same(x.device, tuple(maximum.shape))
             valid = self._check_values(x, maximum)
@@ -170,7 +172,7 @@ class MaxCalibrator(Calibrator):
 
         Args:
             method: `"max"`; no other can be answered from maxima.
-            options: None exist.
+            **options: None exist.
 
         Raises:
             CalibrationError: a bad batch was met on an accelerator.
@@ -283,14 +285,12 @@ class HistogramCalibrator(Calibrator):
         return rows[0] if self._axis is None else rows
 
     def _add(self, x: Tensor, maximum: Tensor, valid: Tensor | None) -> None:
-        channels = maximum.numel()
+        size = self._num_bins, maximum.numel()
         if self.histogram is None:
-            self.histogram = Histogram(
-                self._num_bins, channels, skip_zeros=self._skip_zeros, device=x.device
-            )
+            self.histogram = Histogram(*size, skip_zeros=self._skip_zeros, device=x.device)
         if self._axis is not None:
             order = kept_axes(self._axis, x.dim()) + reduced_axes(self._axis, x.dim())
-            x = x.permute(order).reshape(channels, -1)
+            x = x.permute(order).reshape(size[1], -1)
         self.histogram.update(x, maximum=maximum, valid=valid)
 
 

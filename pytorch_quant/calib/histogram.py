@@ -204,9 +204,7 @@ class Histogram:
         if x.dtype not in WORKING_TYPES:
             x = x.float()
         if self.channels == 1:
-            # Counting does not depend on the order, so a dense tensor is read as it lies in memory.
-            order = sorted(range(x.dim()), key=x.stride, reverse=True)
-            return x.permute(order).reshape(1, -1)
+            return flat_as_stored(x)[None]
         if x.dim() != 2 or x.shape[0] != self.channels:
             raise ValueError(
                 f"a histogram of {self.channels} channels takes values of shape "
@@ -220,6 +218,11 @@ class Histogram:
         if shift.device.type != "cpu" or bool((shift > 0).any()):
             self.counts = _coarsened(self.counts, shift)
         self.exponent = exponent
+
+
+def flat_as_stored(x: Tensor) -> Tensor:
+    """The values in the order of memory: without a copy, and fast to read, if `x` is dense."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
 
 
 def _exponent_above(maximum: Tensor) -> Tensor:
