@@ -7,7 +7,9 @@ is per tensor, with an amax of shape `()`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,15 +26,16 @@ def canonical_axis(axis: int | Iterable[int] | None) -> Axis:
     """
     if axis is None:
         return None
-    if isinstance(axis, int) and not isinstance(axis, bool):
-        return axis
+    if isinstance(axis, SupportsIndex) and not isinstance(axis, bool):
+        return operator.index(axis)
     if isinstance(axis, (str, bytes, bool)) or not isinstance(axis, Iterable):
         raise TypeError(f"axis must be None, an int or a tuple of ints, got {axis!r}")
     axes = tuple(axis)
     if not axes:
         return None
-    if any(isinstance(a, bool) or not isinstance(a, int) for a in axes):
+    if any(isinstance(a, bool) or not isinstance(a, SupportsIndex) for a in axes):
         raise TypeError(f"axis must be None, an int or a tuple of ints, got {axis!r}")
+    axes = tuple(operator.index(a) for a in axes)
     if len(set(axes)) != len(axes):
         raise ValueError(f"axis {axis!r} names an axis twice")
     return axes[0] if len(axes) == 1 else tuple(sorted(axes))
@@ -78,9 +81,10 @@ def amax_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
 def fits_axis(shape: Sequence[int], axis: Axis) -> bool:
     """Whether an amax of `shape` can serve a quantizer with `axis`, its input unseen.
 
-    One value serves any quantizer; several must lie along kept axes.
+    One value serves any quantizer, and a plain list one with one kept axis; otherwise several
+    values must lie along kept axes.
     """
-    if all(n == 1 for n in shape):
+    if all(n == 1 for n in shape) or (len(shape) == 1 and isinstance(axis, int)):
         return True
     if axis is None:
         return False

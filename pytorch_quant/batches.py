@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -26,6 +27,9 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         args, kwargs = [batch], {}
     elif isinstance(batch, Mapping):
         args, kwargs = [], dict(batch)
+    elif isinstance(batch, PackedSequence):
+        # A named tuple, but one argument.
+        args, kwargs = [batch], {}
     elif isinstance(batch, (tuple, list)):
         drops_target = len(batch) == 2 and _required_arguments(model) == 1
         args, kwargs = list(batch[:1] if drops_target else batch), {}
@@ -39,15 +43,16 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _required_arguments(model: nn.Module) -> int | None:
-    inner = getattr(model, "module", None)
     try:
-        # DataParallel and its like accept anything and pass it on to the module they wrap.
-        wrapped = inner if isinstance(inner, nn.Module) else model
-        parameters = inspect.signature(wrapped.forward).parameters
+        parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return None
+    inner = getattr(model, "module", None)
+    if isinstance(inner, nn.Module) and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        # DataParallel and its like accept anything and pass it on to the module they wrap.
+        return _required_arguments(inner)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters.values())
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
 def _check_device(model: nn.Module, values: list[Any]) -> None:

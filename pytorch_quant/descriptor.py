@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pytorch_quant.axes import Axis, canonical_axis
+from pytorch_quant.axes import Axis, canonical_axis, fits_axis
 from pytorch_quant.formats import Format, make_format
 
 CALIB_METHODS = ("max", "histogram")
@@ -150,7 +150,8 @@ class QuantDescriptor:
             f"a QuantDescriptor is frozen; use descriptor.replace({key}=...) for a changed copy"
         )
 
-    __delattr__ = None  # type: ignore[assignment]
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError("a QuantDescriptor is frozen; its fields cannot be deleted")
 
     def _key(self) -> tuple[Any, ...]:
         amax = None if self.amax is None else (self.amax.shape, self.amax.tobytes())
@@ -240,6 +241,11 @@ def _check_combination(fields: dict[str, Any]) -> None:
         raise ValueError(
             f"amax has {amax.size} values but axis is None (per tensor); name the kept axis, or "
             "give one value"
+        )
+    if fields["block_size"] is None and amax is not None and not fits_axis(amax.shape, axis):
+        raise ValueError(
+            f"an amax of shape {amax.shape} does not fit axis={axis!r}; give a list with one value "
+            "for each entry of the kept axis"
         )
     if fields["block_size"] is not None and not isinstance(axis, int):
         raise ValueError(

@@ -5,9 +5,9 @@ Symbols: `x` real input, `amax` the magnitude that maps to the largest code, `bo
 
     q = saturate(round_half_even(x / scale))
 
-with a true division, as ONNX defines QuantizeLinear. The codes equal those of ONNX Runtime bit for
-bit. (One input is apart: its float16 kernel on x86 turns +Inf into the lowest code; here it
-saturates to the highest, as the specification says.) `amax` and `scale` broadcast against `x`, so
+with a true division, as ONNX defines QuantizeLinear. For float32 the codes equal those of ONNX
+Runtime bit for bit; for float16 as long as |x / scale| < 2**31, where its x86 kernel wraps around,
+while here values saturate, as the specification says. `amax` and `scale` broadcast against `x`, so
 per-channel is a matter of shape.
 """
 
@@ -54,16 +54,17 @@ def quantize_to_codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     Returns:
         float32 (float64 for a float64 `x`), the shape of `x`. NaN stays NaN where `scale` > 0.
     """
+    return torch.where(scale > 0, _rounded(x, scale, fmt), 0.0)
+
+
+def _rounded(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     wide = x.float() if x.dtype in _HALF_TYPES else x
-    codes = fmt.round(wide / torch.where(scale > 0, scale, 1.0))
-    return torch.where(scale > 0, codes, 0.0)
+    return fmt.round(wide / torch.where(scale > 0, scale, 1.0))
 
 
 def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    wide = x.float() if x.dtype in _HALF_TYPES else x
-    codes = fmt.round(wide / torch.where(scale > 0, scale, 1.0))
     # Multiplying by a scale of 0 gives the 0 that an amax of 0 stands for.
-    return (codes * scale).to(x.dtype)
+    return (_rounded(x, scale, fmt) * scale).to(x.dtype)
 
 
 def _straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
@@ -89,17 +90,10 @@ class _FakeQuantize(torch.autograd.Function):
         return _straight_through(grad, x, amax), None, None, None
 
 
-class _Quantize(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Quantize(_FakeQuantize):
     @staticmethod
     def forward(x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:
         return quantize_to_codes(x, scale, fmt)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x, amax, _, _ = inputs
-        ctx.save_for_backward(x, amax)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -185,7 +179,8 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The formulas are those of ONNX DynamicQuantizeLinear (operator set 11): the range is widened
     to include 0, `scale = (max - min) / 255`, `zero_point = saturate(round(-min / scale))`. A
-    tensor of zeros has scale 1, as in ONNX Runtime.
+    tensor of zeros has scale 1, as in ONNX Runtime; so has one whose range is below float32's
+    normal numbers, where its scale is 0.
 
     Args:
         x: Any shape, floating point.

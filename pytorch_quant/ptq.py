@@ -16,7 +16,14 @@ from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrato
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
-METHODS = ("max", "percentile", "mse", "entropy")
+# The options of each method, with what they accept.
+_OPTIONS: dict[str, dict[str, str]] = {
+    "max": {},
+    "percentile": {"percentile": "a number from 0 to 100"},
+    "mse": {"start_bin": "an int >= 1", "stride": "an int >= 1"},
+    "entropy": {"start_bin": "an int >= 1", "stride": "an int >= 1"},
+}
+METHODS = tuple(_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -98,39 +105,54 @@ def calibrate(
         TypeError: a batch of a type that cannot be passed on.
         ValueError: unknown method, no quantizers, or no batches.
     """
-    _check_method("method", method)
-    _check_method("weight_method", weight_method)
+    _check_arguments(method, weight_method, options)
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            f"batches is one tensor of shape {tuple(batches.shape)}; pass an iterable of batches, "
+            "such as [tensor]"
+        )
     quantizers = named_quantizers(model)
     if not quantizers:
         raise ValueError(
-            "the model has no TensorQuantizer; call quant_modules.initialize() before it is built"
+            "the model has no TensorQuantizer; call quant_modules.initialize() before it is built. "
+            "(Layers that torch itself builds inside nn.MultiheadAttention, nn.Transformer and "
+            "lazy modules are not replaced)"
         )
     weights = weight_quantizers(model)
     names = {quantizer: name for name, quantizer in quantizers.items()}
     collecting = [q for q in quantizers.values() if _takes_part(q) and not weights.get(q)]
-    for quantizer in collecting:
-        wanted = weight_method if quantizer in weights else method
-        _prepare_calibrator(quantizer, wanted, accumulate, names[quantizer])
-
+    before = {quantizer: quantizer._calibrator for quantizer in collecting}
     seen = 0
-    with preserved_modes(model), torch.inference_mode():
-        model.eval()
-        for quantizer in quantizers.values():
-            quantizer.disable_quant()
-            quantizer.disable_clip()
+    try:
         for quantizer in collecting:
-            quantizer.enable_calib()
-        bar = tqdm(
-            batches, desc=f"calibrate ({method})", total=count(batches), disable=not progress
-        )
-        for batch in bar:
-            try:
-                (forward or call_model)(model, batch)
-            except CalibrationError as error:
-                raise CalibrationError(f"calibration batch {seen}: {error}") from error
-            seen += 1
-    if not seen:
-        raise ValueError("no batches to calibrate on: the loader is empty")
+            wanted = weight_method if quantizer in weights else method
+            _prepare_calibrator(quantizer, wanted, accumulate, names[quantizer])
+        # Not inference mode: a model may keep tensors that it makes in its first forward pass.
+        with preserved_modes(model), torch.no_grad():
+            model.eval()
+            for quantizer in quantizers.values():
+                quantizer.disable_quant()
+                quantizer.disable_clip()
+                quantizer.disable_calib()
+            for quantizer in collecting:
+                quantizer.enable_calib()
+            bar = tqdm(
+                batches, desc=f"calibrate ({method})", total=count(batches), disable=not progress
+            )
+            for batch in bar:
+                try:
+                    (forward or call_model)(model, batch)
+                except CalibrationError as error:
+                    raise CalibrationError(f"calibration batch {seen}: {error}") from error
+                seen += 1
+        if not seen:
+            raise ValueError("no batches to calibrate on: the loader is empty")
+    except BaseException:
+        if not seen:
+            # Nothing new was learned: what was known before is still the best.
+            for quantizer, calibrator in before.items():
+                quantizer._calibrator = calibrator
+        raise
     return _fill(model, method, weight_method, options, seen)
 
 
@@ -153,8 +175,7 @@ def compute_amax(
         ValueError: unknown method, or one whose statistics were not collected, naming the
             quantizers.
     """
-    _check_method("method", method)
-    _check_method("weight_method", weight_method)
+    _check_arguments(method, weight_method, options)
     return _fill(model, method, weight_method, options, 0)
 
 
@@ -188,8 +209,8 @@ def _fill(
                 found[quantizer] = (wanted, amax)
     if uncollected:
         raise ValueError(
-            f"{method!r} needs histograms, and only maxima were collected by "
-            f"{', '.join(uncollected)}; calibrate with method={method!r} (or any but 'max') first"
+            f"only maxima were collected by {', '.join(uncollected)}, which cannot answer "
+            f"{method!r}; calibrate with method= (for weights weight_method=) any but 'max' first"
         )
     if activations and unreached and not any(q not in weights for q in found):
         raise RuntimeError(
@@ -232,9 +253,23 @@ def _takes_part(quantizer: TensorQuantizer) -> bool:
     return not (quantizer.disabled or quantizer.dynamic or quantizer.fixed)
 
 
-def _check_method(argument: str, method: Any) -> None:
-    if method not in METHODS:
-        raise ValueError(f"unknown {argument} {method!r}; use one of {', '.join(METHODS)}")
+def _check_arguments(method: Any, weight_method: Any, options: dict[str, Any]) -> None:
+    """Refuse what could only fail once the batches have run."""
+    for argument, value in (("method", method), ("weight_method", weight_method)):
+        if value not in METHODS:
+            raise ValueError(f"unknown {argument} {value!r}; use one of {', '.join(METHODS)}")
+    for name, value in options.items():
+        accepted = _OPTIONS[method].get(name)
+        if accepted is None:
+            known = ", ".join(_OPTIONS[method]) or "none"
+            raise TypeError(f"method {method!r} has no option {name!r}; its options: {known}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "percentile":
+            right = number and 0 <= value <= 100
+        else:
+            right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not right:
+            raise ValueError(f"{name}={value!r} is out of range; use {accepted}")
 
 
 def _prepare_calibrator(
@@ -242,18 +277,19 @@ def _prepare_calibrator(
 ) -> None:
     kind = MaxCalibrator if method == "max" else HistogramCalibrator
     present = quantizer._calibrator
-    standard = type(present) in (MaxCalibrator, HistogramCalibrator) or present is None
-    if standard and (type(present) is not kind):
-        if accumulate and present is not None and present.compute_amax("max") is not None:
-            raise ValueError(
-                f"{name} holds statistics of {type(present).__name__}, to which {method!r} cannot "
-                "add; calibrate with the same kind of method, or with accumulate=False"
-            )
-        quantizer._calibrator = quantizer._make_calibrator(
-            "max" if method == "max" else "histogram"
+    if present is not None and type(present) not in (MaxCalibrator, HistogramCalibrator):
+        # The user's own calibrator: only it can start itself afresh.
+        if not accumulate:
+            present.reset()
+        return
+    if accumulate and type(present) is kind:
+        return
+    if accumulate and present is not None and present.compute_amax("max") is not None:
+        raise ValueError(
+            f"{name} holds statistics of {type(present).__name__}, to which {method!r} cannot "
+            "add; calibrate with the same kind of method, or with accumulate=False"
         )
-    elif not accumulate and present is not None:
-        present.reset()
+    quantizer._calibrator = quantizer._make_calibrator("max" if method == "max" else "histogram")
 
 
 def _calibrate_weights(
@@ -265,8 +301,12 @@ def _calibrate_weights(
     for weight in weights:
         try:
             quantizer.collect(weight)
-        except (CalibrationError, ValueError) as error:
+        except CalibrationError as error:
             raise CalibrationError(f"{name}: {error}") from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} is shared by weights whose kept axes differ in size: {error}"
+            ) from error
     return calibrator
 
 

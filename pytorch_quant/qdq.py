@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytorch_quant.axes import Axis
 from pytorch_quant.fake_quant import compute_scale, fake_quantize_dynamic, quantize_to_codes
@@ -51,6 +51,10 @@ def quantize_dequantize(
         ValueError: the format or the axis has no ONNX form.
     """
     check_exportable(fmt, axis)
+    if x.dtype == torch.float64:
+        raise ValueError("QuantizeLinear takes no float64; export model.float()")
+    # A weight of zeros has a range of 0 and is exact; an activation was never seen.
+    weight = isinstance(x, nn.Parameter)
     amax = amax.detach()
     scale = compute_scale(amax, fmt, scale_dtype)
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
@@ -59,11 +63,20 @@ def quantize_dequantize(
     channel_axis = None
     if amax.dim() and isinstance(axis, int):
         channel_axis = axis % x.dim()
-    scale = _positive(scale.reshape(() if channel_axis is None else -1), fmt)
+    scale = scale.reshape(() if channel_axis is None else -1)
     if torch.jit.is_tracing():
         with meant_as_constants():
-            values = tuple(scale.reshape(-1).tolist())
+            bad = not bool(torch.isfinite(scale).all()) or (not weight and not bool(scale.all()))
+            if bad:
+                raise ValueError(
+                    f"amax is {float(amax.min()):.6g}, from which no scale can be written; "
+                    "calibrate with real inputs, or disable this quantizer"
+                )
+            values = tuple(_positive(scale, fmt).reshape(-1).tolist())
         return _TracedQdq.apply(x, values, channel_axis, fmt.name)
+    # A zero that is no dead channel stays in the file, where a runtime refuses it.
+    if weight or channel_axis is not None:
+        scale = _positive(scale, fmt)
     scale = scale.to(x.dtype)
     attributes: dict[str, Any] = {} if channel_axis is None else {"axis": channel_axis}
     storage = fmt.storage
@@ -137,7 +150,7 @@ class _TracedQdq(torch.autograd.Function):
         fmt = parse_format(name)
         shape = [-1 if a == axis else 1 for a in range(x.dim())] if axis is not None else []
         with meant_as_constants():
-            scale = torch.tensor(scales, device=x.device).reshape(shape)
+            scale = torch.tensor(scales, dtype=torch.float32, device=x.device).reshape(shape)
         return (quantize_to_codes(x, scale, fmt) * scale).to(x.dtype)
 
     @staticmethod

@@ -101,9 +101,10 @@ def initialize(
     kept_float = _checked_names(float_module_list, entries)
 
     wanted: dict[tuple[int, str], tuple[Any, Any]] = {}
-    for entry in entries:
+    standing = [getattr(entry.orig_mod, entry.mod_name) for entry in entries]
+    for entry, now in zip(entries, standing, strict=True):
         key = (id(entry.orig_mod), entry.mod_name)
-        original = _originals.setdefault(key, getattr(entry.orig_mod, entry.mod_name))
+        original = _originals.setdefault(key, now)
         replacement = original if entry.mod_name in kept_float else entry.replace_mod
         wanted[key] = (entry.orig_mod, replacement)
 
@@ -157,7 +158,7 @@ def _checked_names(names: Sequence[str] | None, entries: list[_quant_entry]) -> 
     for name in names:
         if name not in valid:
             near = difflib.get_close_matches(str(name), valid, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
                 f"float_module_list: nothing replaces {name!r}{hint} Valid: {', '.join(valid)}"
             )

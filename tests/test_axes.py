@@ -79,7 +79,8 @@ def test_canonical_forms():
         ((1, 8, 1, 1), 1, True),
         ((), 0, True),
         ((8, 4), (0, 1), True),
-        ((8,), 3, False),
+        ((8,), 3, True),
+        ((8,), (0, 3), False),
     ],
 )
 def test_fits_axis(shape, axis, fits):

@@ -111,10 +111,25 @@ def test_float16_codes_equal_onnx_runtime_on_a_million_values(unsigned, amax):
     (expected,) = onnx_runs.run(model, x)
     expected = expected.astype(np.float32)
     got = fake_quant.quantize_to_codes(torch.from_numpy(x), scale, fmt).numpy()
-    # The float16 kernel of ONNX Runtime converts to int32 before it saturates, and +Inf wraps on
-    # x86. The specification says saturate.
-    assert np.all(got[x == np.inf] == fmt.qmax)
-    assert np.array_equal(got[x != np.inf], expected[x != np.inf])
+    # Its float16 kernel converts to int32 before it saturates, and wraps on x86. The
+    # specification says saturate.
+    steps = x.astype(np.float64) / scale.item()
+    beyond = np.abs(steps) >= 2**31
+    assert np.all(got[beyond] == np.where(steps[beyond] > 0, fmt.qmax, fmt.qmin))
+    assert np.array_equal(got[~beyond], expected[~beyond]) and beyond.mean() < 0.01
+
+
+@pytest.mark.parametrize("amax", [3e-4, 1.0, 100.0])
+def test_every_float16_value(amax):
+    x = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    x = x[~np.isnan(x)]
+    fmt = make_format(8)
+    scale = fake_quant.compute_scale(torch.tensor(amax), fmt, torch.float16)
+    got = fake_quant.quantize_to_codes(torch.from_numpy(x), scale, fmt).numpy()
+    exact = x.astype(np.float64) / scale.item()
+    single = (x.astype(np.float32) / scale.numpy()).astype(np.float64)
+    assert np.abs(got - np.clip(exact, -128, 127)).max() <= 0.5 + 1e-5
+    assert np.array_equal(got, np.rint(np.clip(single, -128, 127)))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

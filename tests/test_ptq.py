@@ -310,3 +310,83 @@ def test_the_result_survives_a_checkpoint():
     fresh = network().eval()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("bad", [[], None])
+def test_a_calibration_that_learns_nothing_keeps_what_was_there(bad):
+    model, batches = network(), images()
+    calibrate(model, batches, "mse", progress=False)
+    with pytest.raises((CalibrationError, ValueError)):
+        calibrate(model, bad if bad is not None else [batches[0] * torch.nan], progress=False)
+    compute_amax(model, "entropy")
+    compute_amax(model, "max")
+    assert model[0]._input_quantizer.amax == torch.cat(batches).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "message"),
+    [
+        ("max", {"percentile": 99}, TypeError, "'max' has no option 'percentile'; .*: none"),
+        ("mse", {"percentile": 99}, TypeError, "its options: start_bin, stride"),
+        ("percentile", {"percentil": 99}, TypeError, "no option 'percentil'"),
+        ("percentile", {"percentile": 101}, ValueError, "percentile=101 is out of range"),
+        ("entropy", {"stride": 0}, ValueError, "stride=0 is out of range"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_batch(method, options, error, message):
+    def loader():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(error, match=message):
+        calibrate(network(), loader(), method, progress=False, **options)
+
+
+class Caching(nn.Module):
+    """Keeps a tensor of its first forward pass, as detectors keep their anchors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.cache = quant_nn.QuantLinear(4, 4), None
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = torch.ones(4) * 2
+        return self.layer(x) * self.cache
+
+
+def test_a_model_that_caches_tensors_trains_afterwards():
+    model = Caching()
+    calibrate(model, [torch.randn(2, 4)], progress=False)
+    model(torch.randn(2, 4)).sum().backward()
+    assert model.layer.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_parts_and_a_tensor_for_batches():
+    model = nn.Sequential(torch.jit.script(nn.ReLU()), quant_nn.QuantLinear(4, 4))
+    calibrate(model, [torch.randn(2, 4)], progress=False)
+    with pytest.raises(TypeError, match=r"batches is one tensor of shape \(2, 4\)"):
+        calibrate(model, torch.randn(2, 4), progress=False)
+
+
+def test_a_weight_quantizer_shared_by_other_shapes():
+    model = nn.Sequential(quant_nn.QuantLinear(4, 4), quant_nn.QuantLinear(4, 3))
+    model[1]._weight_quantizer = model[0]._weight_quantizer
+    with pytest.raises(ValueError, match=r"0\._weight_quantizer is shared by weights"):
+        calibrate(model, [torch.randn(2, 4)], progress=False)
+
+
+class Wrapper(nn.Module):
+    """Has an attribute of the name that DataParallel uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = quant_nn.QuantLinear(4, 4)
+
+    def forward(self, x, y):
+        return self.module(x) + y
+
+
+def test_a_submodule_called_module():
+    calibrate(Wrapper(), [(torch.randn(2, 4), torch.zeros(2, 4))], progress=False)

@@ -32,6 +32,7 @@ LAYERS = [
     ("ptq", 5),
     ("export", 5),
     ("models", 6),
+    ("compat", 6),
     ("demo", 7),
     ("cli", 7),
 ]

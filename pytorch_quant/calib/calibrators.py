@@ -40,11 +40,30 @@ class Calibrator:
     def __init__(
         self, num_bits: int | tuple[int, int] = 8, axis: Axis = None, unsigned: bool = False
     ) -> None:
+        self._set_target(num_bits, axis, unsigned)
+        self.reset()
+
+    def _set_target(
+        self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool
+    ) -> None:
         self._format = make_format(num_bits, unsigned)
         self._num_bits = tuple(num_bits) if isinstance(num_bits, (tuple, list)) else num_bits
         self._axis = canonical_axis(axis)
         self._unsigned = unsigned
-        self.reset()
+
+    def retarget(self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool) -> None:
+        """Serve a quantizer whose fields have changed.
+
+        Statistics answer for any number of bits and are kept; another axis or sign needs others,
+        and they are forgotten.
+
+        Raises:
+            TypeError, ValueError: As in the constructor.
+        """
+        same = self._axis == canonical_axis(axis) and self._unsigned == unsigned
+        self._set_target(num_bits, axis, unsigned)
+        if not same:
+            self.reset()
 
     def reset(self) -> None:
         """Forget everything collected."""

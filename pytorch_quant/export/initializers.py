@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pytorch_quant.fake_quant import quantize_to_codes
 from pytorch_quant.formats import FloatFormat, Format, IntFormat
@@ -27,26 +28,27 @@ def store_integer_weights(graph: Any) -> int:
 
     constants = {c.name: c for c in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    stored = 0
+    replaced: dict[str, str] = {}
+    taken = set(constants)
     for node in [n for n in graph.node if n.op_type == "QuantizeLinear"]:
         weight = _constant(node.input[0], constants, producers)
-        if weight is None:
+        if weight is None or node.input[1] not in constants:
             continue
-        scale = onnx.numpy_helper.to_array(constants[node.input[1]])
+        scale = _to_torch(constants[node.input[1]])
         zero_point = constants[node.input[2]]
         codes = _codes(weight, scale, _axis(node), zero_point.data_type)
-        name = f"{_root(node.input[0], producers)}.{node.output[0]}"
-        tensor = onnx.helper.make_tensor(
-            name, zero_point.data_type, weight.shape, codes.tobytes(), raw=True
+        name = _free(f"{_root(node.input[0], producers)}_quantized", taken)
+        graph.initializer.append(
+            onnx.helper.make_tensor(
+                name, zero_point.data_type, weight.shape, codes.numpy().tobytes(), raw=True
+            )
         )
-        graph.initializer.append(tensor)
-        constants[name] = tensor
-        for user in graph.node:
-            for i, used in enumerate(user.input):
-                if used == node.output[0]:
-                    user.input[i] = name
+        replaced[node.output[0]] = name
         graph.node.remove(node)
-        stored += 1
+    for user in graph.node:
+        for i, used in enumerate(user.input):
+            user.input[i] = replaced.get(used, used)
+    stored = len(replaced)
     _drop_unused(graph)
     return stored
 
@@ -82,19 +84,28 @@ def drop_traces(graph: Any) -> None:
     graph.ClearField("metadata_props")
 
 
-def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Any:
+def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Tensor | None:
     """The value of a constant, seen through the clip that stands before a narrow grid."""
-    import onnx
-
     if name in constants:
-        return onnx.numpy_helper.to_array(constants[name])
+        return _to_torch(constants[name])
     node = producers.get(name)
     if node is None or node.op_type not in ("Max", "Min"):
         return None
     values = [_constant(used, constants, producers) for used in node.input]
     if any(value is None for value in values):
         return None
-    return (np.maximum if node.op_type == "Max" else np.minimum)(*values)
+    first, second = values
+    return (torch.maximum if node.op_type == "Max" else torch.minimum)(first, second)
+
+
+def _to_torch(constant: Any) -> Tensor:
+    import onnx
+
+    if constant.data_type == onnx.TensorProto.BFLOAT16:
+        # NumPy has no bfloat16 of its own; its bits are the upper half of a float32.
+        bits = onnx.numpy_helper.to_array(constant).view(np.uint16).astype(np.uint32) << 16
+        return torch.from_numpy(np.array(bits.view(np.float32))).bfloat16()
+    return torch.from_numpy(np.array(onnx.numpy_helper.to_array(constant)))
 
 
 def _root(name: str, producers: dict[str, Any]) -> str:
@@ -103,13 +114,12 @@ def _root(name: str, producers: dict[str, Any]) -> str:
     return name
 
 
-def _codes(weight: np.ndarray, scale: np.ndarray, axis: int, data_type: int) -> np.ndarray:
+def _codes(weight: Tensor, scale: Tensor, axis: int, data_type: int) -> Tensor:
     fmt = _format(data_type)
-    if scale.ndim:
-        scale = scale.reshape([-1 if a == axis % weight.ndim else 1 for a in range(weight.ndim)])
-    steps = torch.from_numpy(np.array(scale, dtype=np.float32))
-    codes = quantize_to_codes(torch.from_numpy(np.array(weight)), steps, fmt)
-    return codes.to(fmt.storage).contiguous().view(torch.uint8).numpy()
+    if scale.dim():
+        scale = scale.reshape([-1 if a == axis % weight.dim() else 1 for a in range(weight.dim())])
+    codes = quantize_to_codes(weight, scale.float(), fmt)
+    return codes.to(fmt.storage).contiguous().view(torch.uint8)
 
 
 def _format(data_type: int) -> Format:

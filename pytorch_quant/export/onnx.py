@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytorch_quant.export.checks import check_quantizers
+from pytorch_quant.export.checks import check_quantizers, choose_opset
 from pytorch_quant.export.initializers import (
     drop_traces,
     name_after_quantizers,
@@ -23,6 +23,9 @@ from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 
 WEIGHTS = ("int8", "float")
+_NO_LIMIT = 2**40
+# Protocol buffers cannot be larger.
+_LARGEST_FILE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -87,36 +90,61 @@ def export_onnx(
     Raises:
         OSError: `path` cannot be written.
         RuntimeError: uncalibrated quantizers that are not declared dynamic, naming them all.
-        ValueError: a quantizer that has no ONNX form or a range of 0, naming it; an unknown value
-            of `weights`.
+        TypeError: `args` is neither a tensor nor a tuple.
+        ValueError: quantizers that have no ONNX form or a range of 0, naming them all; an opset
+            that cannot hold the model; more than 2 GiB; an unknown value of `weights`.
     """
     import onnx
+    import onnxscript.optimizer
 
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     started = time.perf_counter()
+    if not isinstance(args, (tuple, torch.Tensor)):
+        raise TypeError(
+            f"args is a tensor or a tuple of arguments, got {type(args).__name__}; for one argument "
+            "that is no tensor, write (argument,)"
+        )
     check_quantizers(model)
+    asked = choose_opset(model, opset)
     args = args if isinstance(args, tuple) else (args,)
     with written_aside(path) as aside:
         with preserved_modes(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval()
+            for quantizer in named_quantizers(model).values():
+                quantizer.disable_calib()
             program = torch.onnx.export(
                 model,
                 args,
                 dynamo=True,
                 verbose=False,
-                opset_version=opset,
+                opset_version=asked,
                 dynamic_shapes=dynamic_shapes,
                 input_names=input_names,
                 output_names=output_names,
             )
         assert program is not None
+        # The exporter's own folding leaves large constants, such as the scales of a vocabulary.
+        onnxscript.optimizer.optimize_ir(
+            program.model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT
+        )
         proto = program.model_proto
+        written = max(o.version for o in proto.opset_import if o.domain == "")
+        if asked not in (None, written):
+            raise ValueError(
+                f"opset={asked} was asked for, and the exporter wrote {written}; leave opset out, "
+                "or choose one that this torch writes"
+            )
         stored = store_integer_weights(proto.graph) if weights == "int8" else 0
         name_after_quantizers(proto.graph)
         drop_traces(proto.graph)
-        onnx.checker.check_model(proto)
+        if proto.ByteSize() > _LARGEST_FILE:
+            raise ValueError(
+                f"the file would have {proto.ByteSize() / 2**30:.1f} GiB, and ONNX files hold 2; "
+                "quantize more of the large layers, or store half-precision weights"
+            )
+        onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, aside)
         size = aside.stat().st_size
     kinds = [node.op_type for node in proto.graph.node]
@@ -127,6 +155,6 @@ def export_onnx(
         integer_weights=stored,
         float_quantizers=[n for n, q in named_quantizers(model).items() if q.disabled],
         size=size,
-        opset=max(o.version for o in proto.opset_import if o.domain == ""),
+        opset=written,
         seconds=time.perf_counter() - started,
     )

@@ -49,12 +49,14 @@ from pytorch_quant.nn.pooling import (
 from pytorch_quant.nn.rnn import (
     GRU,
     LSTM,
+    RNN,
     GRUCell,
     LSTMCell,
     QuantGRU,
     QuantGRUCell,
     QuantLSTM,
     QuantLSTMCell,
+    QuantRNN,
     QuantRNNCell,
     RNNCell,
 )
@@ -63,6 +65,7 @@ from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -110,6 +113,7 @@ __all__ = [
     "QuantMaxPool2d",
     "QuantMaxPool3d",
     "QuantMixin",
+    "QuantRNN",
     "QuantRNNCell",
     "RNNCell",
     "TensorQuantizer",

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pytorch_quant import weight_presets
-from pytorch_quant.nn.mixins import QuantMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
-from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.nn.mixins import QuantWeightMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
 
 Size = int | tuple[int, ...]
 
 
-class _QuantConvMixin(QuantMixin):
+class _QuantConvMixin(QuantWeightMixin):
     """What the convolutions share: the constructor and the forward pass of the torch layer."""
 
     def __init__(
@@ -54,11 +53,6 @@ class _QuantConvMixin(QuantMixin):
             self._input_quantizer(input), self._weight_quantizer(layer.weight), layer.bias
         )
 
-    def weights_to_quantize(self) -> list[tuple[TensorQuantizer, Tensor]]:
-        """The weight quantizer with the weight."""
-        layer: Any = self
-        return [(self._weight_quantizer, layer.weight)]
-
 
 class QuantConv1d(_QuantConvMixin, nn.Conv1d):
     """`nn.Conv1d` with a quantized input and a weight quantized per output channel.
@@ -87,7 +81,7 @@ class QuantConv3d(_QuantConvMixin, nn.Conv3d):
     default_quant_desc_weight = weight_presets.QUANT_DESC_8BIT_CONV3D_WEIGHT_PER_CHANNEL
 
 
-class _QuantConvTransposeMixin(QuantMixin):
+class _QuantConvTransposeMixin(QuantWeightMixin):
     """What the transposed convolutions share.
 
     Runtimes take one scale per output channel only where `groups == 1`: a grouped layer falls back
@@ -158,11 +152,6 @@ class _QuantConvTransposeMixin(QuantMixin):
             layer.groups,
             layer.dilation,
         )
-
-    def weights_to_quantize(self) -> list[tuple[TensorQuantizer, Tensor]]:
-        """The weight quantizer with the weight."""
-        layer: Any = self
-        return [(self._weight_quantizer, layer.weight)]
 
 
 class QuantConvTranspose1d(_QuantConvTransposeMixin, nn.ConvTranspose1d):

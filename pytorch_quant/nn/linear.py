@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pytorch_quant import weight_presets
-from pytorch_quant.nn.mixins import QuantMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
-from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.nn.mixins import QuantWeightMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
 
 
-class QuantLinear(QuantMixin, nn.Linear):
+class QuantLinear(QuantWeightMixin, nn.Linear):
     """`nn.Linear` with a quantized input and weight.
 
     Args:
@@ -37,10 +36,6 @@ class QuantLinear(QuantMixin, nn.Linear):
         return F.linear(
             self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias
         )
-
-    def weights_to_quantize(self) -> list[tuple[TensorQuantizer, Tensor]]:
-        """The weight quantizer with the weight."""
-        return [(self._weight_quantizer, self.weight)]
 
 
 Linear = QuantLinear

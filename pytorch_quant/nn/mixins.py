@@ -101,6 +101,16 @@ class QuantMixin(QuantInputMixin):
         return []
 
 
+class QuantWeightMixin(QuantMixin):
+    """For a layer whose weight quantizer sees `weight` as it is."""
+
+    weight: Tensor
+
+    def weights_to_quantize(self) -> list[tuple[TensorQuantizer, Tensor]]:
+        """The weight quantizer with the weight."""
+        return [(self._weight_quantizer, self.weight)]
+
+
 def _checked_descriptor(value: Any, cls: type) -> QuantDescriptor:
     if not isinstance(value, QuantDescriptor):
         raise ValueError(

@@ -31,9 +31,9 @@ def weight_quantizers(model: nn.Module) -> dict[TensorQuantizer, list]:
     found: dict[TensorQuantizer, list] = {}
     for module in model.modules():
         for attribute in ("_weight_quantizer", "_weight_quantizers"):
-            held = module._modules.get(attribute)
+            held = getattr(module, attribute, None)
             if held is not None:
-                members = [held] if isinstance(held, TensorQuantizer) else held.modules()
+                members = held.modules() if isinstance(held, nn.Module) else ()
                 for quantizer in members:
                     if isinstance(quantizer, TensorQuantizer):
                         found.setdefault(quantizer, [])
@@ -59,12 +59,3 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
         for quantizer, values in modes:
             for mode, value in values.items():
                 setattr(quantizer, mode, value)
-
-
-@contextmanager
-def quantizers_disabled(model: nn.Module) -> Iterator[None]:
-    """Run `model` in float inside this context."""
-    with preserved_modes(model):
-        for quantizer in named_quantizers(model).values():
-            quantizer.disable()
-        yield

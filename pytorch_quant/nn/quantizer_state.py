@@ -13,6 +13,15 @@ from pytorch_quant.formats import make_format
 from pytorch_quant.nn.locate import qualified_name
 
 _BUFFERS = ("_amax", "_pre_quant_scale")
+# Fields that pickles of older programs do not have.
+_LATER_FIELDS = {
+    "_name": None,
+    "_block_size": None,
+    "_dynamic": False,
+    "_fixed": False,
+    "_narrow_range": False,
+    "_calibrator": None,
+}
 
 
 class QuantizerState(nn.Module):
@@ -24,6 +33,7 @@ class QuantizerState(nn.Module):
     """
 
     _pre_quant_scale: Tensor | None
+    _place: Tensor
 
     def __init__(
         self,
@@ -34,8 +44,9 @@ class QuantizerState(nn.Module):
         if_calib: bool,
     ) -> None:
         super().__init__()
-        # Where a buffer that is loaded or computed belongs; follows .to() through _apply.
-        self._device = torch.empty(0).device
+        # Where a buffer that is loaded or computed belongs. As a buffer itself it follows .to(),
+        # map_location and copies; it holds nothing and is not saved.
+        self.register_buffer("_place", torch.empty(0), persistent=False)
         self._name = desc.name
         self._num_bits = desc.num_bits
         self._fake_quant = desc.fake_quant
@@ -58,6 +69,18 @@ class QuantizerState(nn.Module):
     # Properties
 
     @property
+    def _device(self) -> torch.device:
+        return self._place.device
+
+    def _who(self) -> str:
+        """The name for messages: that in the running model, else the descriptor's."""
+        found = qualified_name(self)
+        return self._name if self._name and found == type(self).__name__ else found
+
+    def _format_changed(self) -> None:
+        """Called when a field changes that statistics depend on."""
+
+    @property
     def num_bits(self) -> int | tuple[int, int]:
         """Integer width, or the (exponent, mantissa) pair of a floating-point format."""
         return self._num_bits
@@ -65,7 +88,8 @@ class QuantizerState(nn.Module):
     @num_bits.setter
     def num_bits(self, value: int | tuple[int, int]) -> None:
         make_format(value, self._unsigned, self._narrow_range)
-        self._num_bits = value
+        self._num_bits = tuple(value) if isinstance(value, (tuple, list)) else value
+        self._format_changed()
 
     @property
     def unsigned(self) -> bool:
@@ -74,7 +98,9 @@ class QuantizerState(nn.Module):
 
     @unsigned.setter
     def unsigned(self, value: bool) -> None:
+        make_format(self._num_bits, bool(value), self._narrow_range)
         self._unsigned = bool(value)
+        self._format_changed()
 
     @property
     def narrow_range(self) -> bool:
@@ -94,6 +120,7 @@ class QuantizerState(nn.Module):
     @axis.setter
     def axis(self, value: Axis) -> None:
         self._axis = canonical_axis(value)
+        self._format_changed()
 
     @property
     def dynamic(self) -> bool:
@@ -112,20 +139,27 @@ class QuantizerState(nn.Module):
 
     @property
     def amax(self) -> Tensor | None:
-        """The magnitude that maps to the largest code, real units; None when uncalibrated."""
+        """The magnitude that maps to the largest code, real units; None when uncalibrated.
+
+        Float32, shape `()`, or the rank of the input with 1 in all axes but the kept ones. Where
+        a range is learned, the range as it stands.
+        """
         return getattr(self, "_amax", None)
 
     @amax.setter
     def amax(self, value: Any) -> None:
+        self._set_amax(value)
+
+    def _set_amax(self, value: Any) -> None:
         if value is None:
             if hasattr(self, "_amax"):
                 del self._amax
             return
         amax = torch.as_tensor(value, dtype=torch.float32)
-        check_amax(amax, f"{qualified_name(self)}: amax")
+        check_amax(amax, f"{self._who()}: amax")
         if self._block_size is None and not fits_axis(amax.shape, self._axis):
             raise ValueError(
-                f"{qualified_name(self)}: an amax of shape {tuple(amax.shape)} does not fit "
+                f"{self._who()}: an amax of shape {tuple(amax.shape)} does not fit "
                 f"axis={self._axis}; give one value, or one along the kept axis"
             )
         self._store_amax(amax)
@@ -142,7 +176,7 @@ class QuantizerState(nn.Module):
             return
         scale = torch.as_tensor(value, dtype=torch.float32).detach().clone()
         if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"{qualified_name(self)}: pre_quant_scale must be finite, got {value}")
+            raise ValueError(f"{self._who()}: pre_quant_scale must be finite, got {value}")
         self._pre_quant_scale = scale.to(self._device)
 
     @property
@@ -152,38 +186,33 @@ class QuantizerState(nn.Module):
             return True
         return self.amax is not None
 
-    @property
-    def needs_amax(self) -> bool:
-        """Whether it would quantize but has no range."""
-        return not self._disabled and self._if_quant and not self.calibrated
-
     # Buffers
 
     def _store_amax(self, amax: Tensor) -> None:
         """Make `amax` the buffer; in place where one of that shape exists."""
         with torch.inference_mode(False), torch.no_grad():
-            device = amax.device if amax.dim() or amax.is_cuda else self._device
+            device = self._device if amax.device.type == "cpu" else amax.device
             amax = amax.detach().to(device, torch.float32)
             if self._axis is None and self._block_size is None and amax.numel() == 1:
                 amax = amax.reshape(())
-            current = self.amax
+            current = getattr(self, "_amax", None)
             if current is not None and current.shape == amax.shape and current.device == device:
                 current.data.copy_(amax)
             else:
                 self._amax = amax.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # An `_amax` that is assigned has to become a buffer, to be saved and moved.
-        if name == "_amax" and isinstance(value, Tensor) and name not in self._buffers:
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
+        if name != "_amax" or isinstance(value, nn.Parameter):
+            super().__setattr__(name, value)
             return
-        super().__setattr__(name, value)
+        # An `_amax` that is assigned has to become a buffer, to be saved and moved.
+        self.__dict__.pop(name, None)
+        self._buffers.pop(name, None)
+        if value is not None:
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            self.register_buffer(name, tensor.to(torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._device = fn(torch.empty(0, device=self._device)).device
         exact = self._buffers.get("_amax")
         super()._apply(fn, recurse)
         moved = self._buffers.get("_amax")
@@ -213,6 +242,9 @@ class QuantizerState(nn.Module):
                 error_msgs.append(problem)
                 refused[key] = loaded
         kept = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k not in refused}
+        for key in (prefix + name for name in _BUFFERS):
+            if key in kept and kept[key].dtype != torch.float32:
+                kept[key] = kept[key].float()
         super()._load_from_state_dict(
             kept, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -224,6 +256,7 @@ class QuantizerState(nn.Module):
         """Make room for a loaded buffer; returns what is wrong with it, if anything."""
         present = getattr(self, buffer, None)
         if buffer == "_amax":
+            # NaN stands for a quantizer that calibration did not reach.
             if not loaded.is_meta and bool((loaded < 0).any()):
                 return f"{key}: amax must be >= 0, got a minimum of {float(loaded.min()):.6g}"
             fits = self._block_size is not None or fits_axis(loaded.shape, self._axis)
@@ -246,8 +279,17 @@ class QuantizerState(nn.Module):
         return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle, also one that was saved before some of the fields existed."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_device", torch.empty(0).device)
+        if "_place" not in self._buffers:
+            amax = self._buffers.get("_amax")
+            place = torch.empty(0) if amax is None else torch.empty(0, device=amax.device)
+            self.register_buffer("_place", place, persistent=False)
+        if "_pre_quant_scale" not in self._buffers:
+            value = self.__dict__.pop("_pre_quant_scale", None)
+            self.register_buffer("_pre_quant_scale", value)
+        for name, value in _LATER_FIELDS.items():
+            self.__dict__.setdefault(name, value)
 
     def extra_repr(self) -> str:
         """A line such as `8bit fake per-tensor amax=2.6400 calibrator=MaxCalibrator quant`."""
@@ -261,7 +303,8 @@ class QuantizerState(nn.Module):
         words += ["narrow"] * self._narrow_range + ["fake"] * self._fake_quant
         words.append("per-tensor" if self._axis is None else f"axis={self._axis}")
         words += [f"block={self._block_size}"] * (self._block_size is not None)
-        words.append("amax=" + ("dynamic" if self.amax is None else _short(self.amax)))
+        uncalibrated = "dynamic" if self._dynamic else "uncalibrated"
+        words.append("amax=" + (uncalibrated if self.amax is None else _short(self.amax)))
         words += [f"*{self._scale_amax}"] * (self._scale_amax is not None)
         words += ["learned"] * self._learn_amax
         if getattr(self, "_calibrator", None) is not None:

@@ -16,7 +16,7 @@ from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.fake_quant import fake_quantize, fake_quantize_dynamic, quantize
 from pytorch_quant.formats import Format, IntFormat, make_format
 from pytorch_quant.nn.clip import Clip
-from pytorch_quant.nn.locate import calling_model, name_in, qualified_name
+from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
 
 
@@ -46,11 +46,15 @@ class TensorQuantizer(QuantizerState):
         if_calib: bool = False,
     ) -> None:
         desc = QuantDescriptor() if quant_desc is None else quant_desc
-        super().__init__(desc, disabled, if_quant, if_clip, if_calib)
+        if not isinstance(desc, QuantDescriptor):
+            raise TypeError(f"a TensorQuantizer takes a QuantDescriptor, got {quant_desc!r}")
+        super().__init__(desc, disabled, if_quant, False, if_calib)
         if desc.learn_amax:
-            init_amax = 1.0 if desc.amax is None else float(desc.amax)
+            init_amax = 1.0 if desc.amax is None else float(desc.amax.item())
+            init_amax *= desc.scale_amax or 1.0
             low = 0.0 if desc.unsigned else -init_amax
             self.clip = Clip(low, init_amax, learn_min=True, learn_max=True)
+        if desc.learn_amax or if_clip:
             self.enable_clip()
         self._calibrator: Calibrator | None = self._make_calibrator(desc.calib_method)
 
@@ -61,6 +65,26 @@ class TensorQuantizer(QuantizerState):
         axis = self._axis if self._block_size is None else 0
         kind = HistogramCalibrator if method == "histogram" else MaxCalibrator
         return kind(self._num_bits, axis, self._unsigned)
+
+    def _format_changed(self) -> None:
+        calibrator = getattr(self, "_calibrator", None)
+        if isinstance(calibrator, Calibrator):
+            axis = self._axis if self._block_size is None else 0
+            calibrator.retarget(self._num_bits, axis, self._unsigned)
+
+    @property
+    def amax(self) -> Tensor | None:
+        """See `QuantizerState.amax`."""
+        if self._learn_amax:
+            clip = self.clip
+            return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
+        return getattr(self, "_amax", None)
+
+    @amax.setter
+    def amax(self, value: Any) -> None:
+        self._set_amax(value)
+        if self._learn_amax and value is not None:
+            self.init_learn_amax()
 
     @property
     def calibrator(self) -> Calibrator | None:
@@ -78,7 +102,16 @@ class TensorQuantizer(QuantizerState):
         amax = self.amax
         return None if amax is None else self._scaled(amax).float() / self.format.bound
 
-    scale = step_size
+    @property
+    def scale(self) -> Tensor | None:
+        """The same as `step_size`."""
+        return self.step_size
+
+    @property
+    def needs_amax(self) -> bool:
+        """Whether it would quantize, and an export has no range to write for it."""
+        active = self._if_quant and not self._disabled
+        return active and not (self.calibrated or self.use_fb_fake_quant)
 
     # Modes
 
@@ -102,7 +135,7 @@ class TensorQuantizer(QuantizerState):
         """
         if not self._learn_amax:
             raise RuntimeError(
-                f"{qualified_name(self)}: clipping needs a learned range; construct it with "
+                f"{self._who()}: clipping needs a learned range; construct it with "
                 "QuantDescriptor(learn_amax=True)"
             )
         self._if_clip = True
@@ -119,7 +152,7 @@ class TensorQuantizer(QuantizerState):
         """
         if self._calibrator is None:
             raise RuntimeError(
-                f"{qualified_name(self)} has no calibrator (a dynamic quantizer ranges itself); "
+                f"{self._who()} has no calibrator (a dynamic quantizer ranges itself); "
                 "assign one to _calibrator, or leave it out of the calibration"
             )
         self._if_calib = True
@@ -147,12 +180,12 @@ class TensorQuantizer(QuantizerState):
         """
         strict = kwargs.pop("strict", True)
         if self._calibrator is None:
-            raise RuntimeError(f"{qualified_name(self)} has no calibrator to load an amax from")
+            raise RuntimeError(f"{self._who()} has no calibrator to load an amax from")
         amax = self._calibrator.compute_amax(*args, **kwargs)
         if amax is None:
             if strict:
                 raise RuntimeError(
-                    f"{qualified_name(self)}: Calibrator returned None; it has seen no tensor. "
+                    f"{self._who()}: Calibrator returned None; it has seen no tensor. "
                     "Run batches between enable_calib() and disable_calib(), or pass strict=False"
                 )
             amax = torch.tensor(math.nan)
@@ -165,34 +198,46 @@ class TensorQuantizer(QuantizerState):
             RuntimeError: the quantizer has no learned range, or no amax.
         """
         if not self._learn_amax:
-            raise RuntimeError(f"{qualified_name(self)} was not made with learn_amax=True")
-        amax = self.amax
+            raise RuntimeError(f"{self._who()} was not made with learn_amax=True")
+        amax = getattr(self, "_amax", None)
         if amax is None or amax.numel() != 1:
             raise RuntimeError(
-                f"{qualified_name(self)}: a learned range starts from one calibrated amax, got "
+                f"{self._who()}: a learned range starts from one calibrated amax, got "
                 f"{'none' if amax is None else f'shape {tuple(amax.shape)}'}; calibrate first"
             )
         with torch.no_grad():
-            value = self._scaled(amax).reshape(())
+            value = amax.reshape(()) * (self._scale_amax or 1.0)
             self.clip.clip_value_max.copy_(value)
             self.clip.clip_value_min.copy_(value * 0 if self._unsigned else -value)
 
     def _scaled(self, amax: Tensor) -> Tensor:
-        return amax if self._scale_amax is None else amax * self._scale_amax
+        # A learned range has the factor in it from the start.
+        scaled = self._scale_amax is not None and not self._learn_amax
+        return amax * self._scale_amax if scaled else amax
 
     def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
-        if self._learn_amax:
-            clip = self.clip
-            return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
         amax = self.amax
         if amax is None:
             return self._scaled(axes.reduce_amax(inputs.detach(), axis).float())
         if amax.device != inputs.device:
             raise RuntimeError(
-                f"{qualified_name(self)}: the input is on {inputs.device}, amax on {amax.device}; "
+                f"{self._who()}: the input is on {inputs.device}, amax on {amax.device}; "
                 "move the model or the batch so that both are on one device"
             )
-        return self._scaled(amax.detach().float())
+        amax = self._scaled(amax.detach().float())
+        if not amax.dim() or self._block_size is not None:
+            return amax
+        # The stored axis decides where the values lie; broadcasting would guess.
+        kept = axes.amax_shape(inputs.shape, axis) if axis is not None else tuple(amax.shape)
+        if amax.numel() == 1:
+            return amax.reshape(())
+        if amax.numel() == math.prod(kept) and len(kept) == inputs.dim():
+            return amax.reshape(kept)
+        raise ValueError(
+            f"an amax of shape {tuple(amax.shape)} does not fit an input of shape "
+            f"{tuple(inputs.shape)} with axis={axis}; calibrate again, or set an amax of shape "
+            f"{axes.amax_shape(inputs.shape, axis)}"
+        )
 
     # Forward
 
@@ -212,7 +257,7 @@ class TensorQuantizer(QuantizerState):
             ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
                 integer form.
         """
-        if self._if_calib and not self._disabled:
+        if self._if_calib and not (self._disabled or qdq.exporting_to_onnx()):
             self._collect_named(inputs)
         # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
         if self._pre_quant_scale is not None:
@@ -248,7 +293,7 @@ class TensorQuantizer(QuantizerState):
             # Other subclasses, such as out of memory, keep their own form.
             if type(error) not in (CalibrationError, RuntimeError, ValueError):
                 raise
-            raise type(error)(f"{qualified_name(self)}: {error}") from error
+            raise type(error)(f"{self._who()}: {error}") from error
 
     def _block_axis(self) -> int:
         assert isinstance(self._axis, int)
@@ -267,17 +312,18 @@ class TensorQuantizer(QuantizerState):
             rows = self._quantize_values(rows, 0)
             return axes.from_groups(rows, inputs.shape, self._block_axis())
         except ValueError as error:
-            raise ValueError(f"{qualified_name(self)}: {error}") from error
+            raise ValueError(f"{self._who()}: {error}") from error
 
     def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
         exporting = qdq.exporting_to_onnx()
         if self._dynamic:
-            quantize_dynamic = qdq.dynamic_quantize_dequantize if exporting else None
-            return (quantize_dynamic or fake_quantize_dynamic)(inputs)
+            if exporting:
+                return qdq.dynamic_quantize_dequantize(inputs)
+            return fake_quantize_dynamic(inputs)
         axes.kept_axes(axis, inputs.dim())
-        if (exporting or torch.compiler.is_exporting()) and not (self.calibrated or self._fb()):
+        if (exporting or torch.compiler.is_exporting()) and self.needs_amax:
             self._refuse_export()
-        with qdq.meant_as_constants() if exporting else nullcontext():
+        with qdq.meant_as_constants() if torch.jit.is_tracing() else nullcontext():
             amax = self._effective_amax(inputs, axis)
         if self._block_size is not None and amax.dim():
             amax = amax.reshape(-1, 1)
@@ -287,12 +333,9 @@ class TensorQuantizer(QuantizerState):
         if exporting:
             axis = self._amax_axis(amax, axis)
             return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
-        if self._fb():
+        if self.use_fb_fake_quant:
             return self._torch_fake_quantize(inputs, amax, axis)
         return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
-
-    def _fb(self) -> bool:
-        return self.use_fb_fake_quant
 
     def _amax_axis(self, amax: Tensor, axis: Axis) -> Axis:
         """The axis that `amax` varies along: the stored one, unless amax was replaced."""
@@ -328,14 +371,19 @@ class TensorQuantizer(QuantizerState):
         model = calling_model(self)
         members = model.modules() if model is not None else [self]
         names = [
-            name_in(model, m) if model is not None else type(m).__name__
+            name_in(model, m) if model is not None else self._who()
             for m in members
             if isinstance(m, TensorQuantizer) and m.needs_amax
         ]
-        raise RuntimeError(
-            f"ONNX export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
-            "Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True)"
-        )
+        raise uncalibrated_error(names)
+
+
+def uncalibrated_error(names: list[str]) -> RuntimeError:
+    """The error of an export that meets quantizers without a range."""
+    return RuntimeError(
+        f"export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
+        "Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True)"
+    )
 
 
 def _scale_dtype(inputs: Tensor) -> torch.dtype:

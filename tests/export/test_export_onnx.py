@@ -214,3 +214,78 @@ def test_a_model_that_fails_leaves_no_file(tmp_path, calibrated):
 def test_unknown_weights(tmp_path, calibrated):
     with pytest.raises(ValueError, match="weights must be one of int8, float, got 'int4'"):
         export_onnx(*calibrated, tmp_path / "m.onnx", weights="int4")
+
+
+def test_many_channels_and_large_recurrent_weights_are_stored_as_integers(tmp_path):
+    model, x = nn.Sequential(quant_nn.QuantLinear(8, 9000)), torch.randn(2, 8)
+    calibrate(model, [x], progress=False)
+    report = export_onnx(model, x, tmp_path / "wide.onnx")
+    kinds = [n.op_type for n in onnx.load(tmp_path / "wide.onnx").graph.node]
+    assert report.integer_weights == 1
+    assert sorted(set(kinds)) == ["DequantizeLinear", "Gemm", "QuantizeLinear"]
+    (got,) = onnx_runs.run(tmp_path / "wide.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+    lstm, sequence = quant_nn.QuantLSTM(128, 300), torch.randn(2, 1, 128)
+    calibrate(lstm, [sequence], progress=False)
+    report = export_onnx(lstm, (sequence,), tmp_path / "lstm.onnx")
+    assert report.integer_weights == 1 and report.size < 1.1 * 1200 * 428
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(tmp_path, calibrated, dtype):
+    model, x = calibrated
+    model.to(dtype)
+    report = export_onnx(model, x.to(dtype), tmp_path / "m.onnx")
+    assert report.integer_weights == 4
+    file = onnx.load(tmp_path / "m.onnx")
+    kinds = {c.data_type for c in file.graph.initializer if c.name.endswith(".scale")}
+    expected = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.BFLOAT16
+    assert kinds == {expected}
+    if dtype == torch.float16:
+        (got,) = onnx_runs.run(tmp_path / "m.onnx", x.half().numpy())
+        np.testing.assert_allclose(got, model(x.half()).detach(), atol=2e-3)
+    with pytest.raises(ValueError, match=r"opset=18 is too low for a model in b?float16"):
+        export_onnx(model, x.to(dtype), tmp_path / "m.onnx", opset=18)
+
+
+def test_an_opset_that_cannot_be_written(tmp_path, calibrated):
+    model, x = calibrated
+    for opset, message in ((13, "opset=13 is below 18"), (99, "opset=99")):
+        with pytest.raises(Exception, match=message):
+            export_onnx(model, x, tmp_path / "m.onnx", opset=opset)
+    eight = nn.Sequential(quant_nn.QuantLinear(4, 4, quant_desc_input=QuantDescriptor((4, 3))))
+    calibrate(eight, [x[:, 0, 0, :4]], progress=False)
+    with pytest.raises(ValueError, match="too low for a model in FP8; use opset=19"):
+        export_onnx(eight, x[:, 0, 0, :4], tmp_path / "m.onnx", opset=18)
+    with pytest.raises(ValueError, match=r"takes no float64; export model.float\(\)"):
+        export_onnx(eight.double(), x[:, 0, 0, :4].double(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_quantizer_with_a_problem_is_named(tmp_path, calibrated):
+    model, x = calibrated
+    for index in (0, 2):
+        model[index]._weight_quantizer.num_bits = 16
+    with pytest.raises(ValueError, match=r"0\._weight_quantizer: 16.*2\._weight_quantizer: 16"):
+        export_onnx(model, x, tmp_path / "m.onnx")
+
+
+def test_arguments_of_the_wrong_type(tmp_path, calibrated):
+    model, x = calibrated
+    with pytest.raises(TypeError, match="a tensor or a tuple of arguments, got list"):
+        export_onnx(model, [x], tmp_path / "m.onnx")
+
+
+def test_a_quantizer_left_calibrating_exports(tmp_path, calibrated):
+    model, x = calibrated
+    model[0]._input_quantizer.enable_calib()
+    export_onnx(model, x, tmp_path / "m.onnx")
+    assert model[0]._input_quantizer._if_calib
+
+
+def test_uncalibrated_with_torchs_own_fake_quantize(tmp_path, monkeypatch):
+    monkeypatch.setattr(quant_nn.TensorQuantizer, "use_fb_fake_quant", True)
+    model, x = nn.Sequential(quant_nn.QuantLinear(4, 4)), torch.randn(2, 4)
+    export_onnx(model, x, tmp_path / "m.onnx")
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=0.02)

@@ -220,3 +220,18 @@ def test_a_dead_channel_gets_a_positive_scale(tmp_path, dynamo):
     assert scale[1] == scale.max() > 0
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
     np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan])
+def test_an_activation_without_a_range_is_refused_or_visibly_wrong(tmp_path, bad):
+    model, x = nn.Sequential(quant_nn.QuantLinear(4, 4)), torch.randn(2, 4)
+    calibrate(model, [x], progress=False)
+    model[0]._input_quantizer._amax.fill_(bad)
+    with pytest.raises(ValueError, match=r"0\._input_quantizer: amax is (0|nan), from which no sc"):
+        export(model, x, tmp_path / "m.onnx", dynamo=False)
+    file = export(model, x, tmp_path / "m.onnx", dynamo=True)
+    values = constants(file.graph)
+    (node,) = [
+        n for n in file.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input"
+    ]
+    np.testing.assert_array_equal(values[node.input[1]], np.float32(bad))

@@ -365,10 +365,10 @@ def test_amax_made_in_inference_mode_can_be_changed_later():
     ("fields", "text"),
     [
         ({"amax": 2.64}, "8bit fake per-tensor amax=2.6400 calibrator=MaxCalibrator quant"),
-        ({}, "8bit fake per-tensor amax=dynamic calibrator=MaxCalibrator quant"),
+        ({}, "8bit fake per-tensor amax=uncalibrated calibrator=MaxCalibrator quant"),
         (
             {"num_bits": 4, "axis": 0, "unsigned": True, "calib_method": "histogram"},
-            "unsigned 4bit fake axis=0 amax=dynamic calibrator=HistogramCalibrator quant",
+            "unsigned 4bit fake axis=0 amax=uncalibrated calibrator=HistogramCalibrator quant",
         ),
         (
             {"axis": 0, "amax": [[1.0], [2.0]], "narrow_range": True},
@@ -433,3 +433,93 @@ def test_moves_to_the_device_and_agrees_with_the_cpu():
     x = torch.randn(4, 1000)
     expected = q(x)
     assert torch.equal(q.cuda()(x.cuda()).cpu(), expected)
+
+
+def test_plain_lists_lie_along_the_kept_axis():
+    x = torch.randn(3, 3)
+    expected = reference.fake_quant(x.numpy(), np.float32([[0.1], [0.2], [0.3]]))
+    np.testing.assert_array_equal(quantizer(axis=0, amax=[0.1, 0.2, 0.3])(x), expected)
+    q = quantizer(axis=0)
+    q.amax = [0.1, 0.2, 0.3]
+    np.testing.assert_array_equal(q(x), expected)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) does not fit axis=0"):
+        quantizer(axis=0, amax=[[1.0, 2.0, 3.0]])
+
+
+def test_amax_of_another_size_or_rank_names_both_shapes():
+    model = Two(QuantDescriptor(axis=1, amax=[1.0, 2.0, 3.0]))
+    both = r"an amax of shape \(3,\) does not fit an input of shape \(4, 2\)"
+    with pytest.raises(ValueError, match=rf"inner\.a: {both}"):
+        model(torch.randn(4, 2))
+    q = quantizer()
+    q._amax = torch.rand(3, 1)
+    with pytest.raises(ValueError, match="does not fit an input"):
+        q(torch.randn(2, 3, 4))
+
+
+def test_the_device_of_a_loaded_pickle_is_where_its_tensors_are():
+    stream = io.BytesIO()
+    torch.save(quantizer(axis=0), stream)
+    stream.seek(0)
+    q = torch.load(stream, map_location="meta", weights_only=False)
+    assert q._device.type == "meta" and "_place" not in q.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [("num_bits", 4, True), ("axis", 0, False), ("unsigned", True, False)],
+)
+def test_changing_a_field_reaches_the_calibrator(field, value, kept):
+    q = TensorQuantizer(QuantDescriptor(calib_method="histogram"))
+    q.enable_calib()
+    q(torch.randn(1000).abs().reshape(10, 100))
+    setattr(q, field, value)
+    assert getattr(q.calibrator, f"_{field}") == value
+    assert (q.calibrator.compute_amax("max") is not None) is kept
+
+
+def test_the_statistics_answer_for_other_bits():
+    x = torch.randn(20_000)
+    amax = []
+    for late in (False, True):
+        q = TensorQuantizer(QuantDescriptor(8 if late else 4, calib_method="histogram"))
+        q.enable_calib()
+        q(x)
+        q.num_bits = 4
+        q.load_calib_amax("mse")
+        amax.append(q.amax.item())
+    assert amax[0] == amax[1] < 4
+
+
+def test_a_learned_range_is_what_amax_and_scale_say():
+    q = quantizer(learn_amax=True, amax=2.0, scale_amax=0.5)
+    assert q.amax == 1.0 and q.scale == torch.tensor(1.0) / 127
+    with torch.no_grad():
+        q.clip.clip_value_max.fill_(5.0)
+    assert q.amax == 5.0 and "amax=5.0000" in repr(q)
+
+
+def test_assigning_amax_in_every_form():
+    q = quantizer()
+    q._amax = None
+    q._amax = torch.tensor(1.0)
+    q._amax = 2.0
+    assert q(torch.tensor([3.0])).item() == 2.0 and "_amax" in q.state_dict()
+
+
+def test_names_of_descriptors_in_messages():
+    with pytest.raises(ValueError, match="stem: amax must be finite"):
+        quantizer(name="stem").amax = -1
+
+
+def test_constructor_mistakes():
+    with pytest.raises(TypeError, match="takes a QuantDescriptor, got"):
+        TensorQuantizer({"num_bits": 8})
+    with pytest.raises(RuntimeError, match="clipping needs a learned range"):
+        TensorQuantizer(QuantDescriptor(), if_clip=True)
+
+
+def test_a_half_checkpoint_leaves_amax_in_float32():
+    q = quantizer(amax=1.0)
+    q.load_state_dict({"_amax": torch.tensor(2.0, dtype=torch.float16)}, assign=True)
+    assert q.amax == 2.0 and q.amax.dtype == torch.float32
