@@ -23,6 +23,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         TypeError: a batch of another type.
         RuntimeError: a tensor of the batch is on another device than the model.
     """
+    args: list[Any]
+    kwargs: dict[str, Any]
     if isinstance(batch, Tensor):
         args, kwargs = [batch], {}
     elif isinstance(batch, Mapping):

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytorch_quant.formats import Format, parse_format
+from pytorch_quant.axes import Axis
+from pytorch_quant.formats import Format, IntFormat, parse_format
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
@@ -139,6 +140,36 @@ def fake_quantize(
     if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
         return _fake_quantize_op(x, amax, scale, fmt.name)
     return _FakeQuantize.apply(x, amax, scale, fmt)
+
+
+def torch_fake_quantize(x: Tensor, amax: Tensor, axis: Axis, fmt: Format) -> Tensor:
+    """Fake quantization by torch's own `fake_quantize_per_*_affine`.
+
+    It multiplies by the inverse scale, so that at a tie a code may be one step from that of
+    `fake_quantize`.
+
+    Args:
+        x: Any shape, floating point.
+        amax: float32, one value, or one for each entry of `axis`.
+        axis: The kept axis, None per tensor.
+        fmt: An integer format.
+
+    Raises:
+        ValueError: a floating-point format, or several kept axes.
+    """
+    if not isinstance(fmt, IntFormat):
+        raise ValueError(f"torch's fake quantize has integer formats only, got {fmt.name}")
+    if isinstance(axis, tuple):
+        raise ValueError(f"torch's fake quantize keeps one axis at most, got axis={axis}")
+    # The operator divides by the scale; a range of 0 has to give 0, not NaN.
+    scale = (amax / fmt.bound).clamp(min=torch.finfo(torch.float32).tiny)
+    limits = int(fmt.qmin), int(fmt.qmax)
+    if axis is None:
+        zero = torch.zeros((), dtype=torch.int32, device=x.device)
+        return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, *limits)
+    scale = scale.reshape(-1)
+    zeros = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(x, scale, zeros, axis % x.dim(), *limits)
 
 
 def quantize(x: Tensor, amax: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -91,10 +91,9 @@ def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -
     node = producers.get(name)
     if node is None or node.op_type not in ("Max", "Min"):
         return None
-    values = [_constant(used, constants, producers) for used in node.input]
-    if any(value is None for value in values):
+    first, second = (_constant(used, constants, producers) for used in node.input)
+    if first is None or second is None:
         return None
-    first, second = values
     return (torch.maximum if node.op_type == "Max" else torch.minimum)(first, second)
 
 

@@ -102,8 +102,8 @@ def export_onnx(
     started = time.perf_counter()
     if not isinstance(args, (tuple, torch.Tensor)):
         raise TypeError(
-            f"args is a tensor or a tuple of arguments, got {type(args).__name__}; for one argument "
-            "that is no tensor, write (argument,)"
+            f"args is a tensor or a tuple of arguments, got {type(args).__name__}; write "
+            "(argument,) for one argument that is no tensor"
         )
     check_quantizers(model)
     asked = choose_opset(model, opset)

@@ -88,7 +88,7 @@ class QuantizerState(nn.Module):
     @num_bits.setter
     def num_bits(self, value: int | tuple[int, int]) -> None:
         make_format(value, self._unsigned, self._narrow_range)
-        self._num_bits = tuple(value) if isinstance(value, (tuple, list)) else value
+        self._num_bits = (value[0], value[1]) if isinstance(value, (tuple, list)) else value
         self._format_changed()
 
     @property

@@ -13,8 +13,13 @@ from pytorch_quant import axes, qdq
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.descriptor import QuantDescriptor
-from pytorch_quant.fake_quant import fake_quantize, fake_quantize_dynamic, quantize
-from pytorch_quant.formats import Format, IntFormat, make_format
+from pytorch_quant.fake_quant import (
+    fake_quantize,
+    fake_quantize_dynamic,
+    quantize,
+    torch_fake_quantize,
+)
+from pytorch_quant.formats import Format, make_format
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
@@ -212,8 +217,9 @@ class TensorQuantizer(QuantizerState):
 
     def _scaled(self, amax: Tensor) -> Tensor:
         # A learned range has the factor in it from the start.
-        scaled = self._scale_amax is not None and not self._learn_amax
-        return amax * self._scale_amax if scaled else amax
+        if self._scale_amax is None or self._learn_amax:
+            return amax
+        return amax * self._scale_amax
 
     def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
         amax = self.amax
@@ -334,7 +340,7 @@ class TensorQuantizer(QuantizerState):
             axis = self._amax_axis(amax, axis)
             return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
         if self.use_fb_fake_quant:
-            return self._torch_fake_quantize(inputs, amax, axis)
+            return torch_fake_quantize(inputs, amax, self._amax_axis(amax, axis), self.format)
         return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
 
     def _amax_axis(self, amax: Tensor, axis: Axis) -> Axis:
@@ -345,27 +351,6 @@ class TensorQuantizer(QuantizerState):
             return axis
         varying = [a for a, n in enumerate(amax.shape) if n != 1]
         return varying[0] if len(varying) == 1 else tuple(varying) or None
-
-    def _torch_fake_quantize(self, inputs: Tensor, amax: Tensor, axis: Axis) -> Tensor:
-        fmt = self.format
-        if not isinstance(fmt, IntFormat):
-            raise ValueError(
-                f"use_fb_fake_quant has integer formats only, got num_bits={self._num_bits}"
-            )
-        # The operator divides by the scale; a range of 0 has to give 0, not NaN.
-        scale = (amax / fmt.bound).clamp(min=torch.finfo(torch.float32).tiny)
-        limits = int(fmt.qmin), int(fmt.qmax)
-        axis = self._amax_axis(amax, axis)
-        if axis is None:
-            zero = torch.zeros((), dtype=torch.int32, device=inputs.device)
-            return torch.fake_quantize_per_tensor_affine(inputs, scale.reshape(()), zero, *limits)
-        if not isinstance(axis, int):
-            raise ValueError(f"use_fb_fake_quant keeps one axis at most, got axis={axis}")
-        scale = scale.reshape(-1)
-        zeros = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(
-            inputs, scale, zeros, axis % inputs.dim(), *limits
-        )
 
     def _refuse_export(self) -> None:
         model = calling_model(self)

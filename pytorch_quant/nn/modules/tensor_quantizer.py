@@ -1,0 +1,5 @@
+"""`TensorQuantizer` under an old module path; see `pytorch_quant.nn.tensor_quantizer`."""
+
+from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+
+__all__ = ["TensorQuantizer"]
