@@ -5,13 +5,14 @@ from pytorch_quant import calibrate, export_onnx, quant_modules
 with quant_modules.initialize():          # torch.nn builds quantized layers in here
 model = build_model()
 model.load_state_dict(state)
-calibrate(model, batches, method="entropy")
+calibrate(model, batches, method="percentile")
 export_onnx(model, example_input, "model.onnx")
 """
 
 from pytorch_quant import calib, nn, quant_modules, tensor_quant
 from pytorch_quant._version import __version__
 from pytorch_quant.calib import CalibrationError
+from pytorch_quant.compat import enable_onnx_export, install_as_pytorch_quantization
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.export import ExportReport, export_onnx
 from pytorch_quant.nn import TensorQuantizer
@@ -41,7 +42,9 @@ __all__ = [
     "calib",
     "calibrate",
     "compute_amax",
+    "enable_onnx_export",
     "export_onnx",
+    "install_as_pytorch_quantization",
     "nn",
     "quant_modules",
     "tensor_quant",

@@ -51,6 +51,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="train less; under 40 s")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where files go")
     demo.set_defaults(run=_demo)
+    compat = commands.add_parser(
+        "run-compat",
+        help="an unmodified script that imports pytorch_quantization",
+        description="Run a script as python would, with `import pytorch_quantization` resolving "
+        "to this package. The exit code is the script's.",
+        epilog="example: python -m pytorch_quant run-compat train.py --epochs 10",
+    )
+    compat.add_argument(
+        "--trust-pickles",
+        action="store_true",
+        help="let the script's torch.load run the code in pickled models (weights_only=False)",
+    )
+    compat.add_argument("script", help="path of the script")
+    compat.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    compat.set_defaults(run=_run_compat)
     return parser
 
 
@@ -58,3 +73,11 @@ def _demo(options: argparse.Namespace) -> None:
     from pytorch_quant.demo import run_demo
 
     print(run_demo(options.output, quick=options.quick))
+
+
+def _run_compat(options: argparse.Namespace) -> None:
+    from pytorch_quant.compat.run_script import run_script
+
+    code = run_script(options.script, options.arguments, trust_pickles=options.trust_pickles)
+    if code:
+        raise SystemExit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,12 @@ class QuantDescriptor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.dict(),)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore a pickle of pytorch_quantization, whose fields begin with an underscore."""
+        fields = {key.removeprefix("_"): value for key, value in state.items()}
+        known = {key: value for key, value in fields.items() if key in _DEFAULTS}
+        self.__dict__.update(QuantDescriptor(**known).__dict__)
 
     def __repr__(self) -> str:
         return f"QuantDescriptor({', '.join(f'{k}={v!r}' for k, v in self.dict().items())})"

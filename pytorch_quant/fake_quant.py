@@ -68,7 +68,8 @@ def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return (_rounded(x, scale, fmt) * scale).to(x.dtype)
 
 
-def _straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
+def straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
+    """`grad` where `|x| <= amax`, zero elsewhere."""
     wide = x.float() if x.dtype in _HALF_TYPES else x
     return torch.where(wide.abs() <= amax, grad, 0.0)
 
@@ -88,7 +89,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, amax = ctx.saved_tensors
-        return _straight_through(grad, x, amax), None, None, None
+        return straight_through(grad, x, amax), None, None, None
 
 
 class _Quantize(_FakeQuantize):
@@ -99,7 +100,7 @@ class _Quantize(_FakeQuantize):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, amax = ctx.saved_tensors
-        return _straight_through(grad, x, amax).to(x.dtype), None, None, None
+        return straight_through(grad, x, amax).to(x.dtype), None, None, None
 
 
 @torch.library.custom_op("pytorch_quant::fake_quantize", mutates_args=())
@@ -113,7 +114,7 @@ def _(x: Tensor, amax: Tensor, scale: Tensor, fmt: str) -> Tensor:
 
 
 _fake_quantize_op.register_autograd(
-    lambda ctx, grad: (_straight_through(grad, *ctx.saved_tensors), None, None, None),
+    lambda ctx, grad: (straight_through(grad, *ctx.saved_tensors), None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
 )
 

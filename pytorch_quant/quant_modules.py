@@ -47,6 +47,9 @@ _DEFAULT_QUANT_MAP = [
 ]
 """What `initialize` replaces; existing programs append entries to it."""
 
+quant_map: set[_quant_entry] = set()
+"""The entries that are replaced at this moment; empty without an active patch."""
+
 Replaced = list[tuple[Any, str, Any]]
 
 _active: list[Replaced] = []
@@ -113,6 +116,7 @@ def initialize(
         replaced.append((module, name, getattr(module, name)))
         setattr(module, name, replacement)
     _active.append(replaced)
+    _refresh_quant_map()
     return Patch(replaced)
 
 
@@ -122,8 +126,17 @@ def deactivate() -> None:
         return
     for module, name, previous in reversed(_active.pop()):
         setattr(module, name, previous)
+    _refresh_quant_map()
     if not _active:
         _originals.clear()
+
+
+def _refresh_quant_map() -> None:
+    quant_map.clear()
+    for module, name, _ in _active[-1] if _active else ():
+        standing = getattr(module, name)
+        if standing is not _originals[id(module), name]:
+            quant_map.add(_quant_entry(module, name, standing))
 
 
 def quantized_modules(

@@ -115,3 +115,11 @@ def test_bad_arguments(keywords, error, message):
     with pytest.raises(error, match=message):
         quant_modules.initialize(**keywords)
     assert not quant_modules._active
+
+
+def test_quant_map_holds_what_is_replaced():
+    assert quant_modules.quant_map == set()
+    with quant_modules.initialize(float_module_list=["Linear"]):
+        names = {entry.mod_name for entry in quant_modules.quant_map}
+        assert "Conv2d" in names and "Linear" not in names
+    assert quant_modules.quant_map == set()

@@ -3,6 +3,8 @@
 from pytorch_quant.calib.calibrators import Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.histogram import CalibrationError, Histogram
 from pytorch_quant.calib.search import entropy_amax, mse_amax, percentile_amax
+from pytorch_quant.calib.tensorrt_cache import load_calibration_cache, read_calibration_cache
+from pytorch_quant.calib.weights import calibrate_weights
 
 __all__ = [
     "CalibrationError",
@@ -10,7 +12,10 @@ __all__ = [
     "Histogram",
     "HistogramCalibrator",
     "MaxCalibrator",
+    "calibrate_weights",
     "entropy_amax",
+    "load_calibration_cache",
     "mse_amax",
     "percentile_amax",
+    "read_calibration_cache",
 ]

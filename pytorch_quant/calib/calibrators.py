@@ -15,6 +15,8 @@ from pytorch_quant.calib.search import entropy_amax, mse_amax, percentile_amax
 from pytorch_quant.formats import make_format
 
 METHODS = ("max", "percentile", "mse", "entropy")
+# Fields of pickled calibrators of pytorch_quantization that mean the same here.
+_EARLIER_OPTIONS = ("_track_amax", "_num_bins", "_skip_zeros", "_torch_hist")
 
 
 class Calibrator:
@@ -43,9 +45,7 @@ class Calibrator:
         self._set_target(num_bits, axis, unsigned)
         self.reset()
 
-    def _set_target(
-        self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool
-    ) -> None:
+    def _set_target(self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool) -> None:
         self._format = make_format(num_bits, unsigned)
         self._num_bits = tuple(num_bits) if isinstance(num_bits, (tuple, list)) else num_bits
         self._axis = canonical_axis(axis)
@@ -107,6 +107,20 @@ class Calibrator:
             float32, real units, `()` per tensor, else 1 in all axes but the kept ones; None if no
             values were seen.
         """
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle; one of pytorch_quantization lacks most of the fields."""
+        if "_format" in state:
+            self.__dict__.update(state)
+            return
+        self.__dict__.update({k: state[k] for k in _EARLIER_OPTIONS if k in state})
+        self._set_target(state["_num_bits"], state["_axis"], state["_unsigned"])
+        self.reset()
+        self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Take the statistics out of the state of an earlier program."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -223,6 +237,13 @@ class MaxCalibrator(Calibrator):
         if self._track_amax:
             self._tracked.append(maximum)
 
+    def _take_over(self, state: dict[str, Any]) -> None:
+        amax = state.get("_calib_amax")
+        if amax is not None:
+            self._calib_amax = torch.as_tensor(amax, dtype=torch.float32)
+            self._device, self._shape = self._calib_amax.device, tuple(self._calib_amax.shape)
+        self._tracked = [torch.as_tensor(a) for a in state.get("_amaxs") or ()]
+
 
 class HistogramCalibrator(Calibrator):
     """Keeps a histogram of magnitudes, per tensor or per channel, which answers every method.
@@ -299,6 +320,13 @@ class HistogramCalibrator(Calibrator):
                 search = partial(mse_amax if method == "mse" else entropy_amax, counts, width)
                 amax = search(self._format, start_bin=start_bin, stride=stride, maximum=amax)
             return amax.reshape(self._shape or ())
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        counts, edges = state.get("_calib_hist"), state.get("_calib_bin_edges")
+        if counts is not None and edges is not None:
+            self.histogram = Histogram.from_bins(counts, edges, self._num_bins)
+            self.histogram.skip_zeros = self._skip_zeros
+            self._device, self._shape = self.histogram.counts.device, ()
 
     def _flat(self, rows: Tensor) -> Tensor:
         return rows[0] if self._axis is None else rows

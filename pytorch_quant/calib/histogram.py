@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +134,27 @@ class Histogram:
             self.counts += counts * valid
             self.maximum = torch.maximum(self.maximum, maximum)
             self.seen += rows.numel() * valid
+
+    @classmethod
+    def from_bins(cls, counts: Any, edges: Any, bins: int) -> Histogram:
+        """Take over a histogram with bins of its own; a value moves by half a bin at most.
+
+        Args:
+            counts: `(B,)`, array or tensor.
+            edges: `(B + 1,)`, the borders of the bins in real units, ascending.
+            bins: Bins of the result.
+        """
+        given = torch.as_tensor(counts).round().long()
+        borders = torch.as_tensor(edges).double()
+        made = cls(bins, device=given.device)
+        filled = torch.nonzero(given)[:, 0]
+        if filled.numel():
+            made.maximum = borders[filled[-1] + 1].float().reshape(1)
+            made.exponent = _exponent_above(made.maximum)
+            centres = ((borders[:-1] + borders[1:]) / 2 / made.width.to(borders.device)).long()
+            made.counts[0].index_add_(0, centres.clamp(0, bins - 1), given)
+            made.seen += given.sum()
+        return made
 
     def merge(self, other: Histogram) -> None:
         """Add the values of another histogram to this one, exactly.

@@ -1,6 +1,6 @@
 """Quantized layers: drop-ins for those of `torch.nn`, and the quantizer under them."""
 
-from pytorch_quant.nn import functional
+from pytorch_quant.nn import functional, modules
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.conv import (
     Conv1d,
@@ -118,5 +118,6 @@ __all__ = [
     "RNNCell",
     "TensorQuantizer",
     "functional",
+    "modules",
     "pop_quant_desc_in_kwargs",
 ]

@@ -286,8 +286,11 @@ class QuantizerState(nn.Module):
             place = torch.empty(0) if amax is None else torch.empty(0, device=amax.device)
             self.register_buffer("_place", place, persistent=False)
         if "_pre_quant_scale" not in self._buffers:
-            value = self.__dict__.pop("_pre_quant_scale", None)
-            self.register_buffer("_pre_quant_scale", value)
+            self.register_buffer("_pre_quant_scale", self._buffers.pop("_pre_scale", None))
+        amax = self._buffers.get("_amax")
+        if amax is not None:
+            self._buffers["_amax"] = amax.float()
+        self._axis = canonical_axis(self._axis)
         for name, value in _LATER_FIELDS.items():
             self.__dict__.setdefault(name, value)
 

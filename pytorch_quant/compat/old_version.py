@@ -1,0 +1,3 @@
+"""`pytorch_quantization.version`: the version whose interface this package serves."""
+
+__version__ = "2.2.1"

@@ -1,0 +1,1 @@
+"""A folder for `PYTHONPATH`, through which a process finds the alias without being told."""
