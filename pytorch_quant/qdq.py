@@ -22,7 +22,6 @@ from pytorch_quant.formats import FloatFormat, Format, IntFormat, parse_format
 _HALF_SCALE_OPSET = 19
 
 
-@torch.compiler.assume_constant_result
 def exporting_to_onnx() -> bool:
     """Whether an ONNX exporter is running, by whichever route it traces the model.
 
@@ -30,6 +29,10 @@ def exporting_to_onnx() -> bool:
     function instead.
     """
     return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result sets, without the second that importing it takes.
+exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def quantize_dequantize(

@@ -287,12 +287,14 @@ class QuantizerState(nn.Module):
             self.register_buffer("_place", place, persistent=False)
         if "_pre_quant_scale" not in self._buffers:
             self.register_buffer("_pre_quant_scale", self._buffers.pop("_pre_scale", None))
-        amax = self._buffers.get("_amax")
-        if amax is not None:
-            self._buffers["_amax"] = amax.float()
+        for name in _BUFFERS:
+            value = self._buffers.get(name)
+            if value is not None:
+                self._buffers[name] = value.float()
+        self.__dict__.pop("_scale", None)
         self._axis = canonical_axis(self._axis)
-        for name, value in _LATER_FIELDS.items():
-            self.__dict__.setdefault(name, value)
+        for field, default in _LATER_FIELDS.items():
+            self.__dict__.setdefault(field, default)
 
     def extra_repr(self) -> str:
         """A line such as `8bit fake per-tensor amax=2.6400 calibrator=MaxCalibrator quant`."""
