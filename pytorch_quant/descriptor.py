@@ -145,6 +145,14 @@ class QuantDescriptor:
             raise TypeError(f"a descriptor in YAML is a mapping of its fields, got {fields!r}")
         return cls(**fields)
 
+    def __getattr__(self, name: str) -> Any:
+        # The fields under the private names that they had in pytorch_quantization.
+        field = name.removeprefix("_")
+        if name != field and field in self.__dict__:
+            return self.__dict__[field]
+        fields = ", ".join(_DEFAULTS)
+        raise AttributeError(f"a QuantDescriptor has no field {name!r}; it has {fields}")
+
     def __setattr__(self, key: str, value: Any) -> None:
         raise AttributeError(
             f"a QuantDescriptor is frozen; use descriptor.replace({key}=...) for a changed copy"

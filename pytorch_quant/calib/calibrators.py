@@ -285,9 +285,34 @@ class HistogramCalibrator(Calibrator):
     def _calib_hist(self) -> Tensor | None:
         return None if self.histogram is None else self._flat(self.histogram.counts)
 
+    @_calib_hist.setter
+    def _calib_hist(self, counts: Any) -> None:
+        if counts is None:
+            self.reset()
+            return
+        if self.histogram is None:
+            raise ValueError("counts without a range; collect a batch first")
+        present = self.histogram.counts
+        given = torch.as_tensor(counts).to(present.device).round().long()
+        if given.numel() != present.numel():
+            raise ValueError(
+                f"{given.numel()} counts for {present.numel()} bins; keep the number of bins"
+            )
+        self.histogram.counts = given.reshape(present.shape).clone()
+        self.histogram.seen = given.sum()
+
     @property
     def _calib_bin_edges(self) -> Tensor | None:
         return None if self.histogram is None else self._flat(self.histogram.edges)
+
+    @_calib_bin_edges.setter
+    def _calib_bin_edges(self, edges: Any) -> None:
+        if edges is None:
+            self.reset()
+        elif self.histogram is None or self.histogram.channels != 1:
+            raise ValueError("edges without counts per tensor; collect a batch first")
+        else:
+            self.histogram = Histogram.from_bins(self.histogram.counts[0], edges, self._num_bins)
 
     def compute_amax(
         self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99

@@ -46,12 +46,15 @@ class _QuantConvMixin(QuantWeightMixin):
         )
         self.init_quantizer(desc_input, desc_weight)
 
+    def _quant(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantized input and weight; existing programs call it from forwards of their own."""
+        return self._input_quantizer(input), self._weight_quantizer(self.weight)
+
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of the quantized input with the quantized weight."""
         layer: Any = self
-        return layer._conv_forward(
-            self._input_quantizer(input), self._weight_quantizer(layer.weight), layer.bias
-        )
+        quant_input, quant_weight = self._quant(input)
+        return layer._conv_forward(quant_input, quant_weight, layer.bias)
 
 
 class QuantConv1d(_QuantConvMixin, nn.Conv1d):
@@ -107,7 +110,8 @@ class _QuantConvTransposeMixin(QuantWeightMixin):
         factory = pop_factory_kwargs(kwargs)
         chosen = "quant_desc_weight" in kwargs
         desc_input, desc_weight = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        if groups > 1 and not chosen:
+        falls_back = groups > 1 and not chosen
+        if falls_back:
             desc_weight = desc_weight.replace(axis=None)
         super().__init__(  # type: ignore[call-arg]
             in_channels,
@@ -122,7 +126,22 @@ class _QuantConvTransposeMixin(QuantWeightMixin):
             padding_mode,
             **factory,
         )
+        self._per_tensor_for_groups = falls_back
         self.init_quantizer(desc_input, desc_weight)
+
+    def _quant(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantized input and weight; existing programs call it from forwards of their own."""
+        return self._input_quantizer(input), self._weight_quantizer(self.weight)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
+    ) -> None:
+        # pytorch_quantization ranged grouped layers per channel as well.
+        amax = state_dict.get(f"{prefix}_weight_quantizer._amax")
+        fallen_back = self.__dict__.get("_per_tensor_for_groups", False)
+        if fallen_back and amax is not None and amax.numel() > 1:
+            self._weight_quantizer.axis = 1
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)  # type: ignore[misc]
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of the quantized input with the quantized weight.
@@ -142,9 +161,10 @@ class _QuantConvTransposeMixin(QuantWeightMixin):
             layer.dilation,
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        quant_input, quant_weight = self._quant(input)
         return convolve[self._spatial_dims - 1](
-            self._input_quantizer(input),
-            self._weight_quantizer(layer.weight),
+            quant_input,
+            quant_weight,
             layer.bias,
             layer.stride,
             layer.padding,

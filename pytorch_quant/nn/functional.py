@@ -18,12 +18,12 @@ def clip(x: Tensor, clip_value_min: Tensor | float, clip_value_max: Tensor | flo
         clip_value_max: The upper bound, scalar.
 
     Raises:
-        ValueError: a bound that requires a gradient is not a scalar.
+        ValueError: a bound is not a scalar.
     """
     bounds = []
     for name, bound in (("clip_value_min", clip_value_min), ("clip_value_max", clip_value_max)):
         if isinstance(bound, Tensor):
-            if bound.requires_grad and bound.dim() and bound.numel() != 1:
+            if bound.dim() and bound.numel() != 1:
                 raise ValueError(f"{name} can only be scalar, got shape {tuple(bound.shape)}")
             bounds.append(bound.to(x.dtype))
         else:

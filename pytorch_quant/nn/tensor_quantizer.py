@@ -19,7 +19,7 @@ from pytorch_quant.fake_quant import (
     quantize,
     torch_fake_quantize,
 )
-from pytorch_quant.formats import Format, make_format
+from pytorch_quant.formats import Format, IntFormat, make_format
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
@@ -100,6 +100,11 @@ class TensorQuantizer(QuantizerState):
     def format(self) -> Format:
         """The number format of the codes."""
         return make_format(self._num_bits, self._unsigned, self._narrow_range)
+
+    @property
+    def maxbound(self) -> float:
+        """The code that amax maps to."""
+        return self.format.bound
 
     @property
     def step_size(self) -> Tensor | None:
@@ -339,7 +344,7 @@ class TensorQuantizer(QuantizerState):
         if exporting:
             axis = self._amax_axis(amax, axis)
             return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
-        if self.use_fb_fake_quant:
+        if self.use_fb_fake_quant and isinstance(self.format, IntFormat):
             return torch_fake_quantize(inputs, amax, self._amax_axis(amax, axis), self.format)
         return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
 

@@ -5,6 +5,7 @@ Repeated `initialize()` is in `test_quant_modules`, padding, `device=` and `dtyp
 """
 
 import pytest
+import reference
 import torch
 
 
@@ -42,4 +43,24 @@ def test_no_export_mode_survives_an_exception(old):
     expected = quantizer(x)
     with pytest.raises(ZeroDivisionError), old.package.enable_onnx_export():
         raise ZeroDivisionError
+    assert torch.equal(quantizer(x), expected)
+
+
+def test_a_grouped_per_channel_checkpoint_loads(old):
+    layer = old.nn.QuantConvTranspose2d(4, 4, 2, groups=2)
+    assert layer._weight_quantizer.axis is None
+    state = {**layer.state_dict(), "_weight_quantizer._amax": torch.rand(1, 2, 1, 1) + 0.5}
+    layer.load_state_dict(state)
+    assert layer._weight_quantizer.axis == 1
+    amax = state["_weight_quantizer._amax"]
+    weight = torch.from_numpy(reference.fake_quant(layer.weight.detach().numpy(), amax.numpy()))
+    quantized = layer._weight_quantizer(layer.weight)
+    assert torch.equal(quantized, weight)
+
+
+def test_e4m3_has_no_form_in_torch_and_keeps_its_own(old):
+    quantizer = old.nn.TensorQuantizer(old.tensor_quant.QuantDescriptor((4, 3), amax=1.0))
+    x = torch.rand(100)
+    expected = quantizer(x)
+    quantizer.use_fb_fake_quant = True
     assert torch.equal(quantizer(x), expected)

@@ -276,3 +276,5 @@ def test_learned_clip_bounds_are_scalars():
         quant_nn.Clip(torch.zeros(2), 1.0, learn_min=True)
     with pytest.raises(ValueError, match="can only be scalar"):
         quant_nn.functional.clip(torch.zeros(2), torch.zeros(2, requires_grad=True), 1.0)
+    with pytest.raises(ValueError, match="can only be scalar"):
+        quant_nn.functional.clip(torch.zeros(2), torch.zeros(2), 1.0)

@@ -13,7 +13,12 @@ from pytorch_quant.nn.conv import (
     QuantConvTranspose1d,
     QuantConvTranspose2d,
     QuantConvTranspose3d,
+    _QuantConvMixin,
+    _QuantConvTransposeMixin,
 )
+
+# What all convolutions derive from, under its old name.
+_QuantConvNd, _QuantConvTransposeNd = _QuantConvMixin, _QuantConvTransposeMixin
 
 __all__ = [
     "Conv1d",
@@ -28,4 +33,6 @@ __all__ = [
     "QuantConvTranspose1d",
     "QuantConvTranspose2d",
     "QuantConvTranspose3d",
+    "_QuantConvNd",
+    "_QuantConvTransposeNd",
 ]

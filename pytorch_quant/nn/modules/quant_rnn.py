@@ -3,12 +3,14 @@
 from pytorch_quant.nn.rnn import (
     GRU,
     LSTM,
+    RNN,
     GRUCell,
     LSTMCell,
     QuantGRU,
     QuantGRUCell,
     QuantLSTM,
     QuantLSTMCell,
+    QuantRNN,
     QuantRNNCell,
     RNNCell,
 )
@@ -16,12 +18,14 @@ from pytorch_quant.nn.rnn import (
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
     "GRUCell",
     "LSTMCell",
     "QuantGRU",
     "QuantGRUCell",
     "QuantLSTM",
     "QuantLSTMCell",
+    "QuantRNN",
     "QuantRNNCell",
     "RNNCell",
 ]
