@@ -46,10 +46,6 @@ class _QuantConvMixin(QuantWeightMixin):
         )
         self.init_quantizer(desc_input, desc_weight)
 
-    def _quant(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The quantized input and weight; existing programs call it from forwards of their own."""
-        return self._input_quantizer(input), self._weight_quantizer(self.weight)
-
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of the quantized input with the quantized weight."""
         layer: Any = self
@@ -128,10 +124,6 @@ class _QuantConvTransposeMixin(QuantWeightMixin):
         )
         self._per_tensor_for_groups = falls_back
         self.init_quantizer(desc_input, desc_weight)
-
-    def _quant(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The quantized input and weight; existing programs call it from forwards of their own."""
-        return self._input_quantizer(input), self._weight_quantizer(self.weight)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any

@@ -33,9 +33,8 @@ class QuantLinear(QuantWeightMixin, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`x @ w.T + b` of the quantized input and weight."""
-        return F.linear(
-            self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias
-        )
+        quant_input, quant_weight = self._quant(input)
+        return F.linear(quant_input, quant_weight, self.bias)
 
 
 Linear = QuantLinear

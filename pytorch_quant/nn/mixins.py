@@ -106,6 +106,10 @@ class QuantWeightMixin(QuantMixin):
 
     weight: Tensor
 
+    def _quant(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantized input and weight; existing programs call it from forwards of their own."""
+        return self._input_quantizer(input), self._weight_quantizer(self.weight)
+
     def weights_to_quantize(self) -> list[tuple[TensorQuantizer, Tensor]]:
         """The weight quantizer with the weight."""
         return [(self._weight_quantizer, self.weight)]
