@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from pytorch_quant import QuantDescriptor, utils
 from pytorch_quant import nn as quant_nn
-from pytorch_quant import utils
-from pytorch_quant.nn import functional, modules
+from pytorch_quant.nn import conv, functional, modules
 from pytorch_quant.nn.modules import _utils
 from pytorch_quant.utils import quant_logging, reduce_amax
 
 NAMES = {
-    "_utils": ["QuantMixin", "QuantInputMixin", "pop_quant_desc_in_kwargs"],
+    "_utils": ["QuantMixin", "QuantInputMixin", "pop_quant_desc_in_kwargs", "TensorQuantizer"],
     "tensor_quantizer": ["TensorQuantizer"],
     "quant_conv": [
         f"{q}Conv{t}{n}d" for q in ("", "Quant") for t in ("", "Transpose") for n in (1, 2, 3)
@@ -30,9 +30,18 @@ NAMES = {
     "quant_rnn": [
         f"{q}{kind}"
         for q in ("", "Quant")
-        for kind in ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNNCell")
+        for kind in ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell")
     ],
     "clip": ["Clip"],
+}
+# What these modules hold besides, and where it is defined.
+BESIDES = {
+    "_utils": {"QuantDescriptor": QuantDescriptor},
+    "tensor_quantizer": {"QuantDescriptor": QuantDescriptor},
+    "quant_conv": {
+        "_QuantConvNd": conv._QuantConvMixin,
+        "_QuantConvTransposeNd": conv._QuantConvTransposeMixin,
+    },
 }
 
 
@@ -40,9 +49,12 @@ NAMES = {
 def test_the_layers_are_the_same_objects(name):
     module = importlib.import_module(f"pytorch_quant.nn.modules.{name}")
     assert getattr(modules, name) is module
-    assert sorted(module.__all__) == sorted(NAMES[name])
+    besides = BESIDES.get(name, {})
+    assert sorted(module.__all__) == sorted([*NAMES[name], *besides])
     for entry in NAMES[name]:
         assert getattr(module, entry) is getattr(quant_nn, entry)
+    for entry, value in besides.items():
+        assert getattr(module, entry) is value
 
 
 def test_a_custom_module_through_the_old_path():
