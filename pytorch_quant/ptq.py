@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pytorch_quant.batches import Forward, call_model, count
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib.calibrators import METHODS
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
@@ -23,7 +24,6 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "mse": {"start_bin": "an int >= 1", "stride": "an int >= 1"},
     "entropy": {"start_bin": "an int >= 1", "stride": "an int >= 1"},
 }
-METHODS = tuple(_OPTIONS)
 
 
 @dataclass(frozen=True)
