@@ -1,0 +1,1 @@
+"""Post-training improvement: better int8 models without training, from a few batches."""
