@@ -8,22 +8,16 @@ same whatever the order of the batches, and two histograms of one kind merge exa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Ranges start here: wide enough for any amax in use, and `bins / range` stays a float32 number.
-LEAST_EXPONENT = -100
+from pytorch_quant.calib.counting import LEAST_EXPONENT, coarsened, count_rows, exponent_above
+
 MAX_BINS = 2**20
 
 WORKING_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-# On a CPU, a block of values and its bin numbers fit the second-level cache.
-_BLOCK = 1 << 18
-# Neighbouring values are counted in separate copies of the histogram. Otherwise the many zeros
-# of a post-ReLU tensor wait for one another's store to the first bin, which costs a factor of 2.
-_LANES = 4
 
 
 class CalibrationError(ValueError):
@@ -115,8 +109,7 @@ class Histogram:
             if rows.numel() == 0:
                 return
             if maximum is None:
-                low, high = torch.aminmax(rows, dim=1)
-                maximum = torch.maximum(high, -low)
+                maximum = torch.maximum(rows.amax(1), -rows.amin(1))
             maximum = maximum.reshape(self.channels).float()
             if valid is None:
                 valid = maximum.isfinite().all()
@@ -124,16 +117,44 @@ class Histogram:
                     bad = rows.numel() - int(rows.isfinite().sum())
                     raise bad_values(False, f"in {bad} of {rows.numel()} values")
             maximum = torch.where(valid, maximum, 0.0)
-            self._grow(_exponent_above(maximum))
-            if rows.device.type == "cpu" and self.channels == 1 and valid:
-                counts = _count_in_blocks(rows[0], self.bins, int(self.exponent))[None]
-            else:
-                counts = _count_rows(rows, self.bins, self.exponent)
-            if self.skip_zeros:
-                counts[:, 0] -= rows.shape[1] - rows.count_nonzero(dim=1)
-            self.counts += counts * valid
-            self.maximum = torch.maximum(self.maximum, maximum)
-            self.seen += rows.numel() * valid
+            exponent = exponent_above(maximum)
+            counts = count_rows(rows, self.bins, exponent)
+            zeros = rows.shape[1] - rows.count_nonzero(dim=1) if self.skip_zeros else None
+            self.add(counts, exponent, maximum, rows.numel(), zeros=zeros, valid=valid)
+
+    def add(
+        self,
+        counts: Tensor,
+        exponent: Tensor,
+        maximum: Tensor,
+        seen: int | Tensor,
+        *,
+        zeros: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Add values that were counted already.
+
+        Args:
+            counts: int64, `(channels, bins)`, in the range `[0, 2**exponent)`.
+            exponent: int64, `(channels,)`.
+            maximum: float32, `(channels,)`.
+            seen: Values in all.
+            zeros: `(channels,)`, exact zeros among the counts that are to be left out.
+            valid: Boolean, shape `()`; where it is false nothing is added.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if zeros is not None:
+                counts = counts.clone()
+                counts[:, 0] -= zeros
+            if valid is not None:
+                counts, seen = counts * valid, seen * valid
+            self.grow(exponent)
+            shift = self.exponent - exponent
+            if shift.device.type != "cpu" or bool((shift > 0).any()):
+                counts = coarsened(counts, shift)
+            new = self.counts + counts, torch.maximum(self.maximum, maximum), self.seen + seen
+            # One statement without a call: an interrupt comes before or after it.
+            self.counts, self.maximum, self.seen = new
 
     @classmethod
     def from_bins(cls, counts: Any, edges: Any, bins: int) -> Histogram:
@@ -150,7 +171,7 @@ class Histogram:
         filled = torch.nonzero(given)[:, 0]
         if filled.numel():
             made.maximum = borders[filled[-1] + 1].float().reshape(1)
-            made.exponent = _exponent_above(made.maximum)
+            made.exponent = exponent_above(made.maximum)
             centres = ((borders[:-1] + borders[1:]) / 2 / made.width.to(borders.device)).long()
             made.counts[0].index_add_(0, centres.clamp(0, bins - 1), given)
             made.seen += given.sum()
@@ -173,12 +194,23 @@ class Histogram:
                     f"{field}={theirs} there; collect both with the same settings"
                 )
         with torch.inference_mode(False), torch.no_grad():
-            device = self.counts.device
-            exponent = other.exponent.to(device)
-            self._grow(exponent)
-            self.counts += _coarsened(other.counts.to(device), self.exponent - exponent)
-            self.maximum = torch.maximum(self.maximum, other.maximum.to(device))
-            self.seen += other.seen.to(device)
+            state = (other.counts, other.exponent, other.maximum, other.seen)
+            self.add(*(tensor.to(self.counts.device) for tensor in state))
+
+    def share_above(self, amax: Tensor) -> float:
+        """The share of the counted values above `amax` `(channels,)`, 0 to 1.
+
+        Inside a bin the values count as evenly spread. Nothing lies above the exact maximum.
+        """
+        counts, amax = self.counts.cpu().double(), amax.cpu().double()
+        total = counts.sum()
+        if not total:
+            return 0.0
+        place = (amax / self.width).clamp(max=self.bins)[:, None]
+        left = torch.arange(self.bins, dtype=torch.float64, device=counts.device)
+        above = (left + 1 - place).clamp(0, 1)
+        above[amax >= self.maximum.cpu()] = 0
+        return float((counts * above).sum() / total)
 
     def state(self) -> dict[str, Tensor]:
         """All that the histogram holds, as plain tensors; `from_state` reads it back."""
@@ -234,76 +266,15 @@ class Histogram:
             )
         return x
 
-    def _grow(self, exponent: Tensor) -> None:
+    def grow(self, exponent: Tensor) -> None:
+        """Widen the ranges to `[0, 2**exponent)` where they are narrower; no count is lost."""
         exponent = torch.maximum(self.exponent, exponent)
         shift = exponent - self.exponent
         if shift.device.type != "cpu" or bool((shift > 0).any()):
-            self.counts = _coarsened(self.counts, shift)
-        self.exponent = exponent
+            counts = coarsened(self.counts, shift)
+            self.counts, self.exponent = counts, exponent
 
 
 def flat_as_stored(x: Tensor) -> Tensor:
     """The values in the order of memory: without a copy, and fast to read, if `x` is dense."""
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
-
-
-def _exponent_above(maximum: Tensor) -> Tensor:
-    """The least `e` with `2**e > maximum`, not below `LEAST_EXPONENT`."""
-    exponent = torch.frexp(maximum).exponent.long()
-    return torch.where(maximum > 0, exponent, LEAST_EXPONENT).clamp(min=LEAST_EXPONENT)
-
-
-def _coarsened(counts: Tensor, shift: Tensor) -> Tensor:
-    """The counts after the range of each row has doubled `shift` times."""
-    bins = torch.arange(counts.shape[1], device=counts.device)
-    target = bins >> shift[:, None].clamp(max=62)
-    return torch.zeros_like(counts).scatter_add_(1, target, counts)
-
-
-def _working_type(bins: int) -> torch.dtype:
-    """The type in which `|x| * bins / range` has no rounding error for a float32 `x`."""
-    return torch.float32 if bins & (bins - 1) == 0 else torch.float64
-
-
-def _count_rows(rows: Tensor, bins: int, exponent: Tensor) -> Tensor:
-    """Histograms of the rows, without reading anything back from their device."""
-    half = exponent // 2
-    # In two steps: the reciprocal of the largest range alone is no normal float32 number.
-    factor = torch.full_like(exponent, bins, dtype=_working_type(bins))
-    factor = torch.ldexp(torch.ldexp(factor, -half), half - exponent)
-    index = (rows.to(factor.dtype).abs() * factor[:, None]).long()
-    # NaN and Inf give arbitrary numbers here; such a batch is left out, but must stay in bounds.
-    index = index.clamp_(0, bins - 1)
-    counts = torch.zeros(rows.shape[0], bins, dtype=torch.int64, device=rows.device)
-    return counts.scatter_add_(1, index, counts.new_ones(()).expand_as(index))
-
-
-def _count_in_blocks(x: Tensor, bins: int, exponent: int) -> Tensor:
-    """The histogram of a flat tensor on the CPU."""
-    factor = bins * 2.0**-exponent
-    block = min(_BLOCK, x.numel())
-    offsets = _lane_offsets(bins)
-    scaled = x.new_empty(block, dtype=_working_type(bins))
-    index = x.new_empty(block, dtype=offsets.dtype)
-    counts = x.new_zeros(_LANES * 2 * bins, dtype=torch.int64)
-    for part in x.split(block):
-        n = part.numel()
-        if part.dtype == scaled.dtype:
-            torch.mul(part, factor, out=scaled[:n])
-        else:
-            scaled[:n].copy_(part).mul_(factor)
-        # Conversion rounds towards 0, so that the bin number carries the sign of the value.
-        index[:n].copy_(scaled[:n]).add_(offsets[:n])
-        counts += torch.bincount(index[:n], minlength=counts.numel())
-    signed = counts.view(_LANES, 2 * bins).sum(0)
-    magnitudes = signed[bins:].clone()
-    magnitudes[1:] += signed[1:bins].flip(0)
-    return magnitudes
-
-
-@lru_cache(maxsize=4)
-def _lane_offsets(bins: int) -> Tensor:
-    """Where the bin 0 of each value of a block lies: every lane has `2 * bins` signed bins."""
-    dtype = torch.int16 if _LANES * 2 * bins <= 2**15 else torch.int32
-    lane = torch.arange(_BLOCK, device="cpu") % _LANES
-    return (lane * 2 * bins + bins).to(dtype)

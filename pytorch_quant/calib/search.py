@@ -59,27 +59,46 @@ def mse_amax(
     stride: int = 1,
     maximum: Tensor | None = None,
 ) -> Tensor:
-    """The amax with the least mean squared error of the fake-quantized values.
+    """The amax with the least mean squared error of the fake-quantized values: `lp_amax`, p = 2."""
+    return lp_amax(
+        counts, width, fmt, 2.0, start_bin=start_bin, stride=stride, maximum=maximum
+    )
+
+
+def lp_amax(
+    counts: Tensor,
+    width: Tensor,
+    fmt: Format,
+    p: float = 2.4,
+    *,
+    start_bin: int = 128,
+    stride: int = 1,
+    maximum: Tensor | None = None,
+) -> Tensor:
+    """The amax with the least mean `|y - x|**p` of the fake-quantized values.
 
     The values of a bin sit at its centre; values above amax are clipped to it. Among equal errors
-    the largest candidate wins.
+    the largest candidate wins. The larger `p`, the less is clipped.
 
     Args:
         counts: `(H, B)`.
         width: `(H,)` or `(H, 1)`.
         fmt: The number format.
+        p: Above 0; 2 is the mean squared error.
         start_bin: The least candidate, in bins. The last bin with counts is always a candidate,
             and the only one if it lies below.
         stride: Bins between candidates.
         maximum: `(H,)`.
 
     Raises:
-        ValueError: `start_bin` or `stride` is below 1.
+        ValueError: `p` is not above 0, or `start_bin` or `stride` is below 1.
     """
+    if not 0 < p < float("inf"):
+        raise ValueError(f"p={p} is out of range; use a finite number above 0")
     host = counts.cpu().double()
     ends, valid = _candidates(host, start_bin, stride)
-    errors = _squared_errors(host, ends, fmt)
-    rounding = 1e-20 * (host @ _centres(host).square())
+    errors = _summed_errors(host, ends, fmt, p)
+    rounding = 1e-20 * (host @ _centres(host).pow(p))
     bins = _largest_minimum(errors, valid, ends, rounding)
     return _to_amax(bins, counts, width, maximum)
 
@@ -214,8 +233,8 @@ def _chunks(ends: Tensor, size: int) -> tuple[Tensor, ...]:
     return ends.split(max(1, _STEP // max(1, size)))
 
 
-def _squared_errors(counts: Tensor, ends: Tensor, fmt: Format) -> Tensor:
-    """The summed squared error of each candidate, `(H, K)`, in bins squared.
+def _summed_errors(counts: Tensor, ends: Tensor, fmt: Format, p: float) -> Tensor:
+    """The summed `|error|**p` of each candidate, `(H, K)`, in bins to the power of p.
 
     The error of every bin under every candidate is the same for all histograms, so one matrix
     product evaluates them all. It is faster than prefix sums over the cells of the format, works
@@ -226,7 +245,8 @@ def _squared_errors(counts: Tensor, ends: Tensor, fmt: Format) -> Tensor:
     for part in _chunks(ends, counts.shape[1]):
         step = part[:, None].double() / fmt.bound
         error = fmt.round(centres / step) * step - centres
-        errors.append(counts @ error.square().T)
+        power = error.square_() if p == 2 else error.abs_().pow_(p)
+        errors.append(counts @ power.T)
     return torch.cat(errors, 1) if errors else counts.new_zeros(counts.shape[0], 0)
 
 

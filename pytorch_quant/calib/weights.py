@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from pytorch_quant.axes import Axis
-from pytorch_quant.calib.calibrators import METHODS, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib.calibrator import Calibrator
+from pytorch_quant.calib.calibrators import HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.histogram import CalibrationError
+from pytorch_quant.calib.methods import WEIGHT_METHODS
 
 
 def calibrate_weights(
@@ -36,7 +38,8 @@ def calibrate_weights(
 
     Args:
         model: Holds layers with weight quantizers.
-        method: `"max"`, `"mse"`, `"percentile"` or `"entropy"`; see `pytorch_quant.calib.search`.
+        method: `"max"`, `"percentile"`, `"mse"`, `"entropy"` or `"lp"`; see
+            `pytorch_quant.calib.methods`.
         perchannel: One amax per output channel; if false, one per weight, and the quantizer's
             axis becomes None.
         percentile: In percent, 0 to 100, of the magnitudes; for `method="percentile"`.
@@ -51,8 +54,8 @@ def calibrate_weights(
     Warns:
         UserWarning: quantizers that got no amax, as their layer does not show their weight.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    if method not in WEIGHT_METHODS:
+        raise ValueError(f"unknown method {method!r}; use one of {', '.join(WEIGHT_METHODS)}")
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, tuple[nn.Module, list[Tensor]]] = {}
     for layer in names:

@@ -290,11 +290,12 @@ class TensorQuantizer(QuantizerState):
         """
         if self._calibrator is None:
             raise RuntimeError("there is no calibrator to collect with")
-        values = inputs.detach()
+        # The tensor itself, by which calibrators know that they meet the same one.
+        values = inputs
         if self._pre_quant_scale is not None:
-            values = values * self._pre_quant_scale.to(values.dtype)
+            values = values.detach() * self._pre_quant_scale.to(values.dtype)
         if self._block_size is not None:
-            values = axes.to_groups(values, self._block_axis(), self._block_size)
+            values = axes.to_groups(values.detach(), self._block_axis(), self._block_size)
         self._calibrator.collect(values)
 
     def _collect_named(self, inputs: Tensor) -> None:

@@ -194,7 +194,7 @@ def test_max_answers_no_other_method():
 def test_wrong_calls_of_histogram_compute_amax():
     calibrator = HistogramCalibrator(8, None, False)
     calibrator.collect(torch.ones(3))
-    with pytest.raises(ValueError, match=r"'median'.*'max', 'percentile', 'mse', 'entropy'"):
+    with pytest.raises(ValueError, match=r"'median'.*'max', 'mean_max'.*'entropy', 'lp', 'best'"):
         calibrator.compute_amax("median")
     for percentile in (-1, 101):
         with pytest.raises(ValueError, match="range"):
@@ -267,6 +267,7 @@ def test_attributes_that_programs_read():
     parameters = list(inspect.signature(HistogramCalibrator.__init__).parameters)[1:]
     assert parameters == [
         "num_bits", "axis", "unsigned", "num_bins", "grow_method", "skip_zeros", "torch_hist",
+        "momentum",
     ]  # fmt: skip
 
 

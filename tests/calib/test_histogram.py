@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytorch_quant.calib import CalibrationError, Histogram
-from pytorch_quant.calib import histogram as module
+from pytorch_quant.calib import CalibrationError, Histogram, counting
 
 
 def of(*batches: torch.Tensor, bins: int = 64, channels: int = 1, **options) -> Histogram:
@@ -55,7 +54,7 @@ def test_counts_are_exact(values, bins, skip_zeros):
     largest = float(flat.abs().max()) if flat.numel() else 0.0
     assert float(histogram.maximum) == largest
     assert 2.0 ** int(histogram.exponent) > largest
-    if largest >= 2.0**module.LEAST_EXPONENT:
+    if largest >= 2.0**counting.LEAST_EXPONENT:
         assert 2.0 ** int(histogram.exponent) <= 2 * largest
 
 
@@ -75,7 +74,7 @@ def test_the_order_of_batches_does_not_matter_and_merging_is_exact(values, rando
     assert equal(whole, other)
 
 
-@pytest.mark.parametrize("n", [1, 5, 1000, module._BLOCK - 1, module._BLOCK, 2 * module._BLOCK + 7])
+@pytest.mark.parametrize("n", [1, 5, 1000, counting._BLOCK - 1, counting._BLOCK, 2 * counting._BLOCK + 7])
 @pytest.mark.parametrize("relu", [False, True])
 def test_equals_numpy_histogram_for_large_tensors(n, relu):
     x = torch.randn(n)
@@ -93,8 +92,8 @@ def test_equals_numpy_histogram_for_large_tensors(n, relu):
 def test_the_fast_count_equals_the_general_one(bins):
     x = torch.randn(5000)
     exponent = torch.tensor([3])
-    general = module._count_rows(x[None], bins, exponent)[0]
-    assert torch.equal(module._count_in_blocks(x, bins, 3), general)
+    general = counting._count_anywhere(x[None], bins, exponent)[0]
+    assert torch.equal(counting._count_in_blocks(x, bins, 3), general)
     assert general.tolist() == expected_counts(x, bins, 3)
 
 
@@ -102,7 +101,7 @@ def test_borders_of_bins_that_float32_does_not_hold():
     borders = torch.arange(1, 100) / 100
     x = torch.cat([torch.nextafter(borders, torch.tensor(v)) for v in (0.0, 1.0)] + [borders])
     assert of(x, bins=100).counts[0].tolist() == expected_counts(x, 100, 0)
-    assert module._count_rows(x[None], 100, torch.tensor([0]))[0].tolist() == expected_counts(
+    assert counting._count_anywhere(x[None], 100, torch.tensor([0]))[0].tolist() == expected_counts(
         x, 100, 0
     )
 
@@ -132,7 +131,7 @@ def test_extreme_magnitudes(value, bins):
     x = torch.tensor([value, -value / 2])
     histogram = of(x, bins=bins)
     assert histogram.counts[0].tolist() == expected_counts(x, bins, int(histogram.exponent))
-    general = module._count_rows(x[None], bins, histogram.exponent)
+    general = counting._count_anywhere(x[None], bins, histogram.exponent)
     assert torch.equal(general, histogram.counts)
 
 

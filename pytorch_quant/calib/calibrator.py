@@ -1,0 +1,220 @@
+"""What all calibrators share: how a batch is checked, and what a bad one does."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pytorch_quant.axes import Axis, canonical_axis
+from pytorch_quant.calib.histogram import bad_values
+from pytorch_quant.calib.maxima import MOMENTUM, Maxima
+from pytorch_quant.calib.observation import Observation, observe
+from pytorch_quant.formats import make_format
+
+# Fields of pickled calibrators of pytorch_quantization that mean the same here.
+_EARLIER_OPTIONS = ("_track_amax", "_num_bins", "_skip_zeros", "_torch_hist")
+
+
+class Calibrator:
+    """Statistics of the values that a quantizer meets; a subclass says which.
+
+    On the CPU bad values raise at once. On an accelerator that would stop the device for every
+    batch: there the first bad batch and all later ones are left out, and `compute_amax` raises,
+    once; asked again, it answers from the batches before.
+
+    Args:
+        num_bits: Integer width 2 to 16, or a floating-point pair such as `(4, 3)`.
+        axis: The kept axis or axes; None is per tensor.
+        unsigned: Negative values are an error.
+        momentum: The weight of earlier batches in `moving_max`, 0 to 1.
+
+    Raises:
+        TypeError: `num_bits` or `axis` is of the wrong kind.
+        ValueError: no such number format.
+    """
+
+    # Device types on which reading a value back costs nothing.
+    _host_types = ("cpu",)
+
+    reductions: ClassVar[dict[str, str]] = {
+        "largest": "max",
+        "total": "sum",
+        "moving": "first",
+        "batches": "sum",
+        "seen": "sum",
+    }
+    """How each entry of `state()` becomes that of all processes together; `first` is that of the
+    first process that saw anything."""
+
+    def __init__(
+        self,
+        num_bits: int | tuple[int, int] = 8,
+        axis: Axis = None,
+        unsigned: bool = False,
+        *,
+        momentum: float = MOMENTUM,
+    ) -> None:
+        self.momentum = momentum
+        self._set_target(num_bits, axis, unsigned)
+        self.reset()
+
+    def _set_target(self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool) -> None:
+        self._format = make_format(num_bits, unsigned)
+        self._num_bits = tuple(num_bits) if isinstance(num_bits, (tuple, list)) else num_bits
+        self._axis = canonical_axis(axis)
+        self._unsigned = unsigned
+
+    def retarget(self, num_bits: int | tuple[int, int], axis: Axis, unsigned: bool) -> None:
+        """Serve a quantizer whose fields have changed.
+
+        Statistics answer for any number of bits and are kept; another axis or sign needs others,
+        and they are forgotten.
+
+        Raises:
+            TypeError, ValueError: As in the constructor.
+        """
+        same = self._axis == canonical_axis(axis) and self._unsigned == unsigned
+        self._set_target(num_bits, axis, unsigned)
+        if not same:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget everything collected."""
+        self._batches = 0
+        self._maxima: Maxima | None = None
+        # The method that `best` chose for this quantizer.
+        self.best: str | None = None
+        # Of the first bad batch on an accelerator: finite, least value, number of the batch.
+        self._fault: Tensor | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Add a batch of values to the statistics. An empty tensor adds nothing.
+
+        Args:
+            x: Any shape that has the kept axis, any dtype; values count as float32.
+
+        Raises:
+            CalibrationError: NaN or Inf, or negative values for an unsigned quantizer (on the
+                CPU). Nothing of this batch is collected, all earlier statistics are kept.
+            RuntimeError: the kept axis changed its size, or the device changed.
+            ValueError: `x` does not have the kept axis.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if x.numel() == 0:
+                return
+            observation = observe(x, self._axis)
+            self._check_same(observation)
+            valid = self._check_values(x, observation)
+            if self._maxima is None:
+                self._maxima = Maxima(tuple(observation.maximum.shape), x.device)
+            self._add(x, observation, valid)
+            self._maxima.update(observation.maximum, observation.numel, valid, self.momentum)
+            self._batches += 1
+
+    def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The amax of the statistics so far.
+
+        Returns:
+            float32, real units, `()` per tensor, else 1 in all axes but the kept ones; None if no
+            values were seen.
+        """
+        raise NotImplementedError
+
+    @property
+    def seen(self) -> int:
+        """Values collected so far."""
+        return 0 if self._maxima is None else int(self._maxima.seen)
+
+    @property
+    def amax_shape(self) -> tuple[int, ...] | None:
+        """The shape of the amax; None before any values."""
+        return None if self._maxima is None else tuple(self._maxima.largest.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """The statistics as plain tensors, empty before any values; `load_state` reads them.
+
+        Raises:
+            CalibrationError: a bad batch was met on an accelerator.
+        """
+        self._raise_deferred()
+        return {} if self._maxima is None else self._maxima.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Replace the statistics by the result of `state`.
+
+        Raises:
+            ValueError: the state is not that of such a calibrator.
+        """
+        maxima = Maxima.from_state(state) if state else None
+        self.reset()
+        self._maxima = maxima
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle; one of pytorch_quantization lacks most of the fields."""
+        if "_format" in state:
+            self.__dict__.update(state)
+            return
+        self.momentum = MOMENTUM
+        self.__dict__.update({k: state[k] for k in _EARLIER_OPTIONS if k in state})
+        self._set_target(state["_num_bits"], state["_axis"], state["_unsigned"])
+        self.reset()
+        self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Take the statistics out of the state of an earlier program."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        fields = f"num_bits={self._num_bits}, axis={self._axis}, unsigned={self._unsigned}"
+        return f"{type(self).__name__}({fields})"
+
+    def _add(self, x: Tensor, observation: Observation, valid: Tensor | None) -> None:
+        """Collect more than the maxima."""
+
+    def _check_same(self, observation: Observation) -> None:
+        if self._maxima is None:
+            return
+        held = self._maxima.largest
+        if held.device != observation.device:
+            raise RuntimeError(
+                f"the device changed between batches, from {held.device} to "
+                f"{observation.device}; collect on one device, or reset the calibrator"
+            )
+        if held.shape != observation.maximum.shape:
+            raise RuntimeError(
+                f"the amax shape changed between batches, from {tuple(held.shape)} to "
+                f"{tuple(observation.maximum.shape)}; axis {self._axis} must keep its size: use "
+                "axis=None, or reset the calibrator"
+            )
+
+    def _check_values(self, x: Tensor, observation: Observation) -> Tensor | None:
+        finite = observation.maximum.isfinite().all()
+        least = observation.least if self._unsigned else torch.zeros_like(observation.least)
+        if x.device.type in self._host_types:
+            if not finite:
+                bad = x.numel() - int(x.isfinite().sum())
+                raise bad_values(False, f"in {bad} of {x.numel()} values")
+            if least < 0:
+                raise bad_values(True, f"with minimum {float(least):.6g}")
+            return None
+        fault = torch.stack([finite.float(), least, torch.full_like(least, self._batches)])
+        if self._fault is not None:
+            fault = torch.where(_is_good(self._fault), fault, self._fault)
+        self._fault = fault
+        return _is_good(fault)
+
+    def _raise_deferred(self) -> None:
+        """Raise for a bad batch that was met on an accelerator, once."""
+        fault, self._fault = self._fault, None
+        if fault is not None and not _is_good(fault):
+            finite, least, batch = fault.tolist()
+            where = f"with minimum {least:.6g} " if finite else ""
+            where += f"in batch {batch:.0f} (counted from 0), all later ones left out too"
+            raise bad_values(bool(finite), where)
+
+
+def _is_good(fault: Tensor) -> Tensor:
+    """Whether a batch was finite and, where that matters, free of negative values."""
+    return (fault[0] > 0) & (fault[1] >= 0)

@@ -1,0 +1,139 @@
+"""Counting magnitudes into equal bins of a power-of-two range: exact, and near memory speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Ranges start here: wide enough for any amax in use, and `bins / range` stays a float32 number.
+LEAST_EXPONENT = -100
+# On a CPU, a block of values and its bin numbers fit the second-level cache.
+_BLOCK = 1 << 17
+# Neighbouring values are counted in separate copies of the histogram. Otherwise the many zeros
+# of a post-ReLU tensor wait for one another's store to the first bin, which costs a factor of 2.
+_LANES = 4
+
+_threads: ThreadPoolExecutor | None = None
+
+
+@contextmanager
+def counting_threads() -> Iterator[None]:
+    """Count with as many threads as torch computes with, while the block runs.
+
+    `torch.bincount` runs on one thread; blocks of a tensor are counted side by side instead.
+    """
+    global _threads
+    workers = torch.get_num_threads()
+    if _threads is not None or workers == 1:
+        yield
+        return
+    # A worker must not start a team of threads of its own for each operation. Setting that in
+    # the worker leaves a mark that later threads would inherit; the call below takes it back.
+    pool = ThreadPoolExecutor(workers, "count", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for future in [pool.submit(torch.get_num_threads) for _ in range(workers)]:
+            future.result()
+        torch.set_num_threads(workers)
+        _threads = pool
+        yield
+    finally:
+        _threads = None
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(workers)
+
+
+def exponent_above(maximum: Tensor) -> Tensor:
+    """The least `e` with `2**e > maximum`, not below `LEAST_EXPONENT`: int64."""
+    exponent = torch.frexp(maximum).exponent.long()
+    return torch.where(maximum > 0, exponent, LEAST_EXPONENT).clamp(min=LEAST_EXPONENT)
+
+
+def coarsened(counts: Tensor, shift: Tensor) -> Tensor:
+    """The counts `(C, B)` after the range of each row has doubled `shift` `(C,)` times."""
+    bins = torch.arange(counts.shape[1], device=counts.device)
+    target = bins >> shift[:, None].clamp(max=62)
+    return torch.zeros_like(counts).scatter_add_(1, target, counts)
+
+
+def count_rows(rows: Tensor, bins: int, exponent: Tensor) -> Tensor:
+    """The histogram of each row of magnitudes, without reading anything back from the device.
+
+    Args:
+        rows: `(C, n)`, floating point. Where a row holds NaN or Inf its counts mean nothing.
+        bins: `B`.
+        exponent: `(C,)`; the range of a row is `[0, 2**exponent)`.
+
+    Returns:
+        int64, `(C, B)`.
+    """
+    if rows.device.type == "cpu" and len(rows) == 1 and bool(rows.numel()):
+        return _count_in_blocks(rows[0], bins, int(exponent))[None]
+    return _count_anywhere(rows, bins, exponent)
+
+
+def _count_anywhere(rows: Tensor, bins: int, exponent: Tensor) -> Tensor:
+    half = exponent // 2
+    # In two steps: the reciprocal of the largest range alone is no normal float32 number.
+    factor = torch.full_like(exponent, bins, dtype=_working_type(bins))
+    factor = torch.ldexp(torch.ldexp(factor, -half), half - exponent)
+    index = (rows.to(factor.dtype).abs() * factor[:, None]).long()
+    # NaN and Inf give arbitrary numbers here; such a batch is left out, but must stay in bounds.
+    index = index.clamp_(0, bins - 1)
+    counts = torch.zeros(rows.shape[0], bins, dtype=torch.int64, device=rows.device)
+    return counts.scatter_add_(1, index, counts.new_ones(()).expand_as(index))
+
+
+def _working_type(bins: int) -> torch.dtype:
+    """The type in which `|x| * bins / range` has no rounding error for a float32 `x`."""
+    return torch.float32 if bins & (bins - 1) == 0 else torch.float64
+
+
+def _count_in_blocks(x: Tensor, bins: int, exponent: int) -> Tensor:
+    """The histogram of a flat tensor on the CPU."""
+    factor = bins * 2.0**-exponent
+    workers = _threads._max_workers if _threads is not None else 1
+    if workers == 1 or x.numel() < 2 * _BLOCK:
+        signed = _count_part(x, bins, factor)
+    else:
+        # Two parts for each worker: one that the machine disturbs then costs less.
+        size = -(-x.numel() // (2 * workers))
+        assert _threads is not None
+        parts = _threads.map(lambda part: _count_part(part, bins, factor), x.split(size))
+        signed = torch.stack(list(parts)).sum(0)
+    magnitudes = signed[bins:].clone()
+    magnitudes[1:] += signed[1:bins].flip(0)
+    return magnitudes
+
+
+def _count_part(x: Tensor, bins: int, factor: float) -> Tensor:
+    """Counts of the signed bins `-bins` to `bins - 1`."""
+    # Gradient mode is a property of the thread.
+    with torch.inference_mode(False), torch.no_grad():
+        block = min(_BLOCK, x.numel())
+        offsets = _lane_offsets(bins)
+        scaled = x.new_empty(block, dtype=_working_type(bins))
+        index = x.new_empty(block, dtype=offsets.dtype)
+        counts = x.new_zeros(_LANES * 2 * bins, dtype=torch.int64)
+        for part in x.split(block):
+            n = part.numel()
+            if part.dtype == scaled.dtype:
+                torch.mul(part, factor, out=scaled[:n])
+            else:
+                scaled[:n].copy_(part).mul_(factor)
+            # Conversion rounds towards 0, so that the bin number carries the sign of the value.
+            index[:n].copy_(scaled[:n]).add_(offsets[:n])
+            counts += torch.bincount(index[:n], minlength=counts.numel())
+        return counts.view(_LANES, 2 * bins).sum(0)
+
+
+@lru_cache(maxsize=4)
+def _lane_offsets(bins: int) -> Tensor:
+    """Where the bin 0 of each value of a block lies: every lane has `2 * bins` signed bins."""
+    dtype = torch.int16 if _LANES * 2 * bins <= 2**15 else torch.int32
+    lane = torch.arange(_BLOCK, device="cpu") % _LANES
+    return (lane * 2 * bins + bins).to(dtype)

@@ -1,0 +1,92 @@
+"""What calibrators ask of a tensor, computed once also where several of them meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pytorch_quant.axes import Axis, amax_shape, kept_axes, reduced_axes
+from pytorch_quant.calib.counting import count_rows, exponent_above
+from pytorch_quant.calib.histogram import WORKING_TYPES, flat_as_stored
+
+_shared: WeakTensorKeyDictionary | None = None
+
+
+class Observation:
+    """The range of one tensor, and its histograms on demand. It does not hold the tensor.
+
+    Attributes:
+        numel: Values of the tensor.
+        maximum: float32, `amax_shape(x.shape, axis)`: the largest magnitudes; NaN where there is
+            NaN.
+        least: float32, `()`: the least value.
+        device: Where the tensor is.
+    """
+
+    def __init__(self, x: Tensor, axis: Axis) -> None:
+        values = _working(x)
+        self.numel = x.numel()
+        self.device = x.device
+        self._axis = axis
+        # Two reductions: torch.aminmax is slower than both, by far along a dimension.
+        if axis is None:
+            flat = flat_as_stored(values)
+            low, high = flat.amin().float(), flat.amax().float()
+        elif reduced := reduced_axes(axis, x.dim()):
+            low = values.amin(reduced, keepdim=True).float()
+            high = values.amax(reduced, keepdim=True).float()
+        else:
+            low = high = values.float()
+        self.least = low.amin()
+        self.maximum = torch.maximum(high, -low).reshape(amax_shape(x.shape, axis))
+        self._counts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The values of the tensor with one row for each kept entry, `(C, n)`."""
+        values = _working(x)
+        if self._axis is None:
+            return flat_as_stored(values)[None]
+        order = kept_axes(self._axis, x.dim()) + reduced_axes(self._axis, x.dim())
+        return values.permute(order).reshape(self.maximum.numel(), -1)
+
+    def counts(self, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+        """The histogram `(C, bins)` of the tensor, and the exponents `(C,)` of its ranges."""
+        if bins not in self._counts:
+            maximum = self.maximum.reshape(-1)
+            exponent = exponent_above(torch.where(maximum.isfinite(), maximum, 0.0))
+            self._counts[bins] = count_rows(self.rows(x), bins, exponent), exponent
+        return self._counts[bins]
+
+
+@contextmanager
+def shared_observations() -> Iterator[None]:
+    """Let calibrators that meet the very same tensor share what it costs, inside the block."""
+    global _shared
+    outer, _shared = _shared, WeakTensorKeyDictionary()
+    try:
+        yield
+    finally:
+        _shared = outer
+
+
+def observe(x: Tensor, axis: Axis) -> Observation:
+    """The observation of `x`, not empty; one that was made before if `x` is unchanged since."""
+    if _shared is None or x.is_inference():
+        # A tensor of inference mode does not tell whether it was written to.
+        return Observation(x, axis)
+    version, made = _shared.get(x, (None, {}))
+    if version != x._version:
+        made = {}
+        _shared[x] = (x._version, made)
+    if axis not in made:
+        made[axis] = Observation(x, axis)
+    return made[axis]
+
+
+def _working(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.dtype in WORKING_TYPES else x.float()

@@ -1,0 +1,166 @@
+"""The method `best`: for each quantizer, the one that harms the output of its layer least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pytorch_quant.batches import Forward, call_model, tensors_in
+from pytorch_quant.calib import HistogramCalibrator
+from pytorch_quant.calib.calibrators import compute_together
+from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+
+CANDIDATES = ("max", "percentile", "mse", "entropy", "lp")
+# For a quantizer that the sample does not reach: the least error of the tensor itself.
+_UNSAMPLED = "mse"
+
+
+def choose_best(
+    model: nn.Module,
+    quantizers: dict[str, TensorQuantizer],
+    sample: Sequence[Any],
+    forward: Forward | None,
+    progress: bool,
+) -> None:
+    """Set the `best` method of the calibrator of each quantizer.
+
+    The layer of a quantizer is the module that holds it. Whenever it runs on the sample, it runs
+    again for every candidate method with this quantizer alone quantizing; the sum of the squared
+    differences of its outputs decides, the earlier candidate among equals. Quantizers do not
+    quantize on entry; the layers see float inputs.
+
+    Args:
+        model: In eval mode, its quantizers neither quantizing nor collecting.
+        quantizers: By qualified name, with histograms.
+        sample: Batches.
+        forward: As in `calibrate`.
+        progress: Show a progress bar.
+    """
+    judged = {
+        name: quantizer
+        for name, quantizer in quantizers.items()
+        if isinstance(quantizer._calibrator, HistogramCalibrator) and quantizer._calibrator.seen
+    }
+    calibrators = [quantizer._calibrator for quantizer in judged.values()]
+    amax = {method: compute_together(calibrators, method) for method in CANDIDATES}  # type: ignore[arg-type]
+    trials = {
+        name: _Trial(quantizer, {m: a for m in CANDIDATES if (a := amax[m][i]) is not None})
+        for i, (name, quantizer) in enumerate(judged.items())
+    }
+    layers: dict[nn.Module, list[_Trial]] = {}
+    for name, trial in trials.items():
+        layers.setdefault(_layer_of(model, name), []).append(trial)
+    with _judging(layers):
+        for batch in tqdm(sample, desc="calibrate (best of methods)", disable=not progress):
+            (forward or call_model)(model, batch)
+    for calibrator, trial in zip(calibrators, trials.values(), strict=True):
+        assert calibrator is not None
+        calibrator.best = trial.winner()
+
+
+class _Trial:
+    """The summed squared output error of each candidate amax of one quantizer."""
+
+    def __init__(self, quantizer: TensorQuantizer, amax: dict[str, Tensor]) -> None:
+        self.quantizer = quantizer
+        self.amax = amax
+        self.errors: dict[str, Tensor] = {}
+
+    def run(self, layer: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+        for method, amax in self.amax.items():
+            with _only(self.quantizer, amax):
+                got = layer(*_copied(args), **_copied(kwargs))
+            error = _squared_difference(got, expected)
+            self.errors[method] = self.errors[method] + error if method in self.errors else error
+
+    def winner(self) -> str:
+        errors = {method: float(error) for method, error in self.errors.items()}
+        return min(errors, key=errors.__getitem__) if errors else _UNSAMPLED
+
+
+@contextmanager
+def _judging(layers: dict[nn.Module, list[_Trial]]) -> Iterator[None]:
+    """Run the trials of each layer whenever the model runs it, on the inputs it had."""
+    running: list[nn.Module] = []
+    inputs: dict[nn.Module, list[Any]] = {}
+
+    def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if not running:
+            # A layer may write to its inputs.
+            inputs.setdefault(layer, []).append((_copied(args), _copied(kwargs)))
+
+    def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if running:
+            return
+        running.append(layer)
+        try:
+            args, kwargs = inputs[layer].pop()
+            for trial in layers[layer]:
+                trial.run(layer, args, kwargs, output)
+        finally:
+            running.pop()
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _only(quantizer: TensorQuantizer, amax: Tensor) -> Iterator[None]:
+    """Quantize with `amax`; what the quantizer held comes back."""
+    held = quantizer._buffers.get("_amax")
+    learned = quantizer._learn_amax
+    quantizer._buffers["_amax"] = amax
+    # A learned range is asked for its clip values otherwise.
+    quantizer._learn_amax = False
+    quantizer.enable_quant()
+    try:
+        yield
+    finally:
+        quantizer.disable_quant()
+        quantizer._learn_amax = learned
+        if held is None:
+            quantizer._buffers.pop("_amax", None)
+        else:
+            quantizer._buffers["_amax"] = held
+
+
+def _layer_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that runs the quantizer: its parent, lists passed over."""
+    module = model
+    layer = model
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            layer = module
+    return layer
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, _copied(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _squared_difference(got: Any, expected: Any) -> Tensor:
+    parts = [
+        (g.double() - e.double()).square().sum().cpu()
+        for g, e in zip(tensors_in(got), tensors_in(expected), strict=True)
+        if e.is_floating_point()
+    ]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
