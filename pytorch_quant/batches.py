@@ -80,16 +80,17 @@ def count(batches: Any) -> int | None:
         return None
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of what a model takes or returns, in order: containers, dataclasses, objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
+def tensors_in(item: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results, in order: in containers, slices and dataclasses."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, Mapping):
+        for part in item.values():
+            yield from tensors_in(part)
+    elif isinstance(item, (tuple, list)):
+        for part in item:
+            yield from tensors_in(part)
+    elif isinstance(item, slice):
+        yield from tensors_in((item.start, item.stop, item.step))
+    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+        yield from tensors_in([getattr(item, part.name) for part in dataclasses.fields(item)])

@@ -32,6 +32,7 @@ LAYERS = [
     ("batches", 3),
     ("quant_modules", 4),
     ("dataflow", 4),
+    ("op_kinds", 4),
     ("ptq", 5),
     ("improve", 5),
     ("export", 5),

@@ -78,7 +78,7 @@ def lp_amax(
     """The amax with the least mean `|y - x|**p` of the fake-quantized values.
 
     The values of a bin sit at its centre; values above amax are clipped to it. Among equal errors
-    the largest candidate wins. The larger `p`, the less is clipped.
+    the largest candidate wins. The larger `p`, the more the largest errors weigh.
 
     Args:
         counts: `(H, B)`.

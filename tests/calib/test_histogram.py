@@ -74,7 +74,9 @@ def test_the_order_of_batches_does_not_matter_and_merging_is_exact(values, rando
     assert equal(whole, other)
 
 
-@pytest.mark.parametrize("n", [1, 5, 1000, counting._BLOCK - 1, counting._BLOCK, 2 * counting._BLOCK + 7])
+@pytest.mark.parametrize(
+    "n", [1, 5, 1000, counting._BLOCK - 1, counting._BLOCK, 2 * counting._BLOCK + 7]
+)
 @pytest.mark.parametrize("relu", [False, True])
 def test_equals_numpy_histogram_for_large_tensors(n, relu):
     x = torch.randn(n)

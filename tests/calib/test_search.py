@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytorch_quant.calib import Histogram, entropy_amax, mse_amax, percentile_amax
+from pytorch_quant.calib import Histogram, entropy_amax, lp_amax, mse_amax, percentile_amax
 from pytorch_quant.fake_quant import fake_quantize
 from pytorch_quant.formats import FloatFormat, IntFormat
 
@@ -36,7 +36,7 @@ def largest_minimum(ends, objective):
     return max(near)
 
 
-def reference_mse(h, fmt, start=128, stride=1):
+def reference_mse(h, fmt, start=128, stride=1, p=2):
     """The best number of bins: every centre goes to the nearest value, whatever its distance."""
     if not h.any():
         return 0
@@ -46,7 +46,7 @@ def reference_mse(h, fmt, start=128, stride=1):
     for i in ends:
         values = fmt.magnitudes() * i / fmt.bound
         nearest = np.searchsorted((values[1:] + values[:-1]) / 2, centres)
-        errors.append(float((h * (centres - values[nearest]) ** 2).sum()))
+        errors.append(float((h * np.abs(centres - values[nearest]) ** p).sum()))
     return largest_minimum(ends, errors)
 
 
@@ -154,6 +154,19 @@ def test_mse_equals_the_reference(fmt, start, stride):
     check(amax, [reference_mse(h, fmt, start, stride) for h in CASES.values()])
 
 
+@pytest.mark.parametrize("p", [0.5, 1, 2.4, 4])
+@pytest.mark.parametrize("fmt", [INT4, INT8, E4M3], ids=lambda f: f.name)
+def test_lp_equals_the_reference(p, fmt):
+    amax = lp_amax(COUNTS, WIDTH, fmt, p, start_bin=20)
+    check(amax, [reference_mse(h, fmt, 20, p=p) for h in CASES.values()])
+
+
+def test_a_larger_p_clips_less_of_a_normal_distribution():
+    h = torch.from_numpy(CASES["normal"])[None]
+    amax = [float(lp_amax(h, torch.ones(1), INT4, p, start_bin=1)) for p in (1, 2, 4)]
+    assert amax[0] < amax[1] < amax[2]
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize(("start", "stride"), [(128, 1), (5, 9)])
 def test_entropy_equals_the_reference(fmt, start, stride):
@@ -189,7 +202,7 @@ def test_entropy_at_the_default_size():
     assert found == reference_entropy(h, INT8, stride=16)
 
 
-@pytest.mark.parametrize("search", [mse_amax, entropy_amax])
+@pytest.mark.parametrize("search", [mse_amax, entropy_amax, lp_amax])
 @pytest.mark.parametrize("fmt", [INT8, E4M3], ids=lambda f: f.name)
 def test_a_batch_gives_what_single_histograms_give(search, fmt, monkeypatch):
     together = search(COUNTS, WIDTH, fmt)
@@ -255,6 +268,12 @@ def test_mse_finds_the_least_error_of_real_values(fmt):
     amax = mse_amax(histogram.counts, histogram.width, fmt, maximum=histogram.maximum)
     least = min(error(a) for a in np.linspace(0.2, 1, 60) * float(histogram.maximum))
     assert error(amax) <= 1.02 * least
+
+
+@pytest.mark.parametrize("p", [0, -1, float("inf"), float("nan")])
+def test_a_power_out_of_range(p):
+    with pytest.raises(ValueError, match="out of range"):
+        lp_amax(COUNTS, WIDTH, INT8, p)
 
 
 def test_wrong_arguments_of_searches():

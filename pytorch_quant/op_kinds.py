@@ -1,0 +1,133 @@
+"""One name for every spelling of a torch function: `x + y`, `torch.add`, `x.add_` are "add"."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn import functional as F
+
+_SPELLINGS = {
+    "add": "iadd radd",
+    "sub": "isub rsub subtract",
+    "mul": "imul rmul multiply",
+    "div": "truediv itruediv rtruediv rdiv idiv divide true_divide",
+    "cat": "concat concatenate",
+    "matmul": "rmatmul imatmul mm bmm mv addmm addmv addbmm baddbmm chain_matmul",
+    "conv": "conv1d conv2d conv3d convolution",
+    "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d",
+    "clamp": "clip clamp_min clamp_max hardtanh relu6",
+    "max_pool": "max_pool1d max_pool2d max_pool3d",
+    "adaptive_max_pool": "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+    "avg_pool": "avg_pool1d avg_pool2d avg_pool3d",
+    "adaptive_avg_pool": "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+    "dropout": "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout",
+    "transpose": "T mT H mH t swapaxes swapdims adjoint",
+    "split": "split_with_sizes unsafe_split tensor_split",
+    "chunk": "unsafe_chunk",
+    "interpolate": "upsample upsample_nearest upsample_bilinear",
+    "permute": "movedim moveaxis",
+    "view": "view_as",
+    "reshape": "reshape_as",
+    "expand": "expand_as",
+}
+_KINDS = {spelling: kind for kind, names in _SPELLINGS.items() for spelling in names.split()}
+
+IDENTITIES = frozenset({"alias", "clone", "contiguous", "data", "detach", "dropout"})
+"""Kinds whose result, in eval mode, has the values and the shape of their input."""
+
+RESHAPES = frozenset(
+    {"flatten", "ravel", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "atleast_2d"}
+)
+"""Kinds that keep all values in their row-major order."""
+
+MOVEMENTS = (
+    IDENTITIES
+    | RESHAPES
+    | {"chunk", "expand", "getitem", "narrow", "permute", "select", "split", "transpose", "unbind"}
+)
+"""Kinds that move values and compute none."""
+
+METADATA = frozenset(
+    [
+        "dense_dim",
+        "dim",
+        "dim_order",
+        "element_size",
+        "get_device",
+        "has_names",
+        "is_coalesced",
+        "is_complex",
+        "is_conj",
+        "is_contiguous",
+        "is_floating_point",
+        "is_inference",
+        "is_neg",
+        "is_pinned",
+        "is_same_size",
+        "is_set_to",
+        "is_shared",
+        "is_signed",
+        "layout",
+        "ndimension",
+        "nelement",
+        "numel",
+        "register_hook",
+        "size",
+        "sparse_dim",
+        "storage_offset",
+        "stride",
+        "type",
+        "len",
+        "hash",
+        "dir",
+        "iter",
+        "is_view",
+        "set_grad_enabled",
+    ]
+)
+"""Methods that ask for something other than values."""
+
+COMPOSITES = (
+    F.multi_head_attention_forward,
+    F.softmin,
+    F.gumbel_softmax,
+    F.local_response_norm,
+)
+"""Python functions of torch that arrive as one call and hold several that matter."""
+
+
+def op_kind(function: Callable) -> str:
+    """The kind of a call of `function`: its canonical name, else its own.
+
+    Underscores of in-place and special methods do not count, nor does the overload of an operator
+    (`aten.add.Tensor`). ReLU6 and hardtanh are "clamp", whichever of them torch calls.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    name = name.split(".")[0]
+    name = name.strip("_").removesuffix("_with_indices") or name
+    return _KINDS.get(name, name)
+
+
+def opened(function: Callable) -> Callable:
+    """A composite that runs its inner calls where a mode sees them.
+
+    Torch's Python functions hand themselves to the active mode as a whole before anything else, by
+    asking `has_torch_function`. A copy whose question is always answered with no goes on to its
+    body; torch itself is not changed.
+    """
+
+    def no(*_: Any) -> bool:
+        return False
+
+    assert isinstance(function, types.FunctionType)
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**function.__globals__, **dict.fromkeys(names, no)}
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
