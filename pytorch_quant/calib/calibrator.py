@@ -35,6 +35,8 @@ class Calibrator:
         ValueError: no such number format.
     """
 
+    # Of the histogram that `_add` asks for.
+    _bins: ClassVar[int | None] = None
     # Device types on which reading a value back costs nothing.
     _host_types = ("cpu",)
 
@@ -104,7 +106,7 @@ class Calibrator:
         with torch.inference_mode(False), torch.no_grad():
             if x.numel() == 0:
                 return
-            observation = observe(x, self._axis)
+            observation = observe(x, self._axis, self._bins)
             self._check_same(observation)
             valid = self._check_values(x, observation)
             if self._maxima is None:

@@ -143,6 +143,10 @@ class HistogramCalibrator(Calibrator):
         self.histogram: Histogram | None = None
 
     @property
+    def _bins(self) -> int:  # type: ignore[override]
+        return self._num_bins
+
+    @property
     def _calib_hist(self) -> Tensor | None:
         return None if self.histogram is None else self._flat(self.histogram.counts)
 
@@ -176,7 +180,13 @@ class HistogramCalibrator(Calibrator):
             self._take_bins(self.histogram.counts[0], edges)
 
     def compute_amax(
-        self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99, p: float = 2.4
+        self,
+        method: str,
+        *,
+        stride: int = 1,
+        start_bin: int = 128,
+        percentile: float = 99.99,
+        p: float = 2.4,
     ) -> Tensor | None:
         """The amax that a method finds in the histogram; see `pytorch_quant.calib.methods`.
 
@@ -257,9 +267,7 @@ class HistogramCalibrator(Calibrator):
         if valid is not None:
             maximum = torch.where(valid, maximum, 0.0)
             exponent = torch.where(valid, exponent, self.histogram.exponent)
-        self.histogram.add(
-            counts, exponent, maximum, observation.numel, zeros=zeros, valid=valid
-        )
+        self.histogram.add(counts, exponent, maximum, observation.numel, zeros=zeros, valid=valid)
 
 
 def compute_together(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -72,7 +74,9 @@ def count_rows(rows: Tensor, bins: int, exponent: Tensor) -> Tensor:
         int64, `(C, B)`.
     """
     if rows.device.type == "cpu" and len(rows) == 1 and bool(rows.numel()):
-        return _count_in_blocks(rows[0], bins, int(exponent))[None]
+        found = range_and_counts(rows[0], bins)
+        if found.counts is not None and found.exponent <= int(exponent):
+            return _widened(found.counts, int(exponent) - found.exponent)[None]
     return _count_anywhere(rows, bins, exponent)
 
 
@@ -93,42 +97,92 @@ def _working_type(bins: int) -> torch.dtype:
     return torch.float32 if bins & (bins - 1) == 0 else torch.float64
 
 
-def _count_in_blocks(x: Tensor, bins: int, exponent: int) -> Tensor:
-    """The histogram of a flat tensor on the CPU."""
-    factor = bins * 2.0**-exponent
-    workers = _threads._max_workers if _threads is not None else 1
-    if workers == 1 or x.numel() < 2 * _BLOCK:
-        signed = _count_part(x, bins, factor)
-    else:
-        # Two parts for each worker: one that the machine disturbs then costs less.
-        size = -(-x.numel() // (2 * workers))
-        assert _threads is not None
-        parts = _threads.map(lambda part: _count_part(part, bins, factor), x.split(size))
-        signed = torch.stack(list(parts)).sum(0)
-    magnitudes = signed[bins:].clone()
-    magnitudes[1:] += signed[1:bins].flip(0)
-    return magnitudes
+@dataclass
+class RangedCounts:
+    """The range and the histogram of a flat tensor.
+
+    Attributes:
+        low, high: The least and the largest value; NaN where there is NaN.
+        counts: int64 `(B,)`; None where the tensor holds NaN or Inf.
+        exponent: The range is `[0, 2**exponent)`.
+    """
+
+    low: float
+    high: float
+    counts: Tensor | None
+    exponent: int
 
 
-def _count_part(x: Tensor, bins: int, factor: float) -> Tensor:
-    """Counts of the signed bins `-bins` to `bins - 1`."""
+def range_and_counts(x: Tensor, bins: int) -> RangedCounts:
+    """The range and the histogram of a flat tensor on the CPU, not empty, in one pass over it."""
+    if _threads is None or x.numel() < 2 * _BLOCK:
+        return _count_part(x, bins)
+    # Two parts for each worker: one that the machine disturbs then costs less.
+    size = -(-x.numel() // (2 * _threads._max_workers))
+    parts = list(_threads.map(lambda part: _count_part(part, bins), x.split(size)))
+    bad = [part for part in parts if part.counts is None]
+    if bad:
+        return bad[0]
+    exponent = max(part.exponent for part in parts)
+    widened = [
+        _widened(part.counts, exponent - part.exponent) for part in parts if part.counts is not None
+    ]
+    low, high = min(part.low for part in parts), max(part.high for part in parts)
+    return RangedCounts(low, high, torch.stack(widened).sum(0), exponent)
+
+
+def _count_part(x: Tensor, bins: int) -> RangedCounts:
     # Gradient mode is a property of the thread.
     with torch.inference_mode(False), torch.no_grad():
+        found = RangedCounts(math.inf, -math.inf, x.new_zeros(bins, dtype=torch.int64), 0)
         block = min(_BLOCK, x.numel())
         offsets = _lane_offsets(bins)
         scaled = x.new_empty(block, dtype=_working_type(bins))
         index = x.new_empty(block, dtype=offsets.dtype)
-        counts = x.new_zeros(_LANES * 2 * bins, dtype=torch.int64)
+        lanes = x.new_zeros(_LANES * 2 * bins, dtype=torch.int64)
+        found.exponent = LEAST_EXPONENT
         for part in x.split(block):
+            # While the block is in the cache: its range, which a pass of its own would read again.
+            low, high = (float(value) for value in torch.aminmax(part))
+            found.low, found.high = min(found.low, low), max(found.high, high)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return RangedCounts(low, high, None, 0)
+            exponent = _exponent_above(max(high, -low))
+            if exponent > found.exponent:
+                assert found.counts is not None
+                found.counts += _magnitudes(lanes)
+                found.counts = _widened(found.counts, exponent - found.exponent)
+                found.exponent = exponent
+                lanes.zero_()
             n = part.numel()
+            factor = bins * 2.0**-found.exponent
             if part.dtype == scaled.dtype:
                 torch.mul(part, factor, out=scaled[:n])
             else:
                 scaled[:n].copy_(part).mul_(factor)
             # Conversion rounds towards 0, so that the bin number carries the sign of the value.
             index[:n].copy_(scaled[:n]).add_(offsets[:n])
-            counts += torch.bincount(index[:n], minlength=counts.numel())
-        return counts.view(_LANES, 2 * bins).sum(0)
+            lanes += torch.bincount(index[:n], minlength=lanes.numel())
+        assert found.counts is not None
+        found.counts += _magnitudes(lanes)
+        return found
+
+
+def _exponent_above(maximum: float) -> int:
+    return max(math.frexp(maximum)[1], LEAST_EXPONENT) if maximum > 0 else LEAST_EXPONENT
+
+
+def _magnitudes(lanes: Tensor) -> Tensor:
+    """Counts by magnitude from those of the signed bins of every lane."""
+    signed = lanes.view(_LANES, -1).sum(0)
+    bins = signed.numel() // 2
+    magnitudes = signed[bins:]
+    magnitudes[1:] += signed[1:bins].flip(0)
+    return magnitudes
+
+
+def _widened(counts: Tensor, shift: int) -> Tensor:
+    return coarsened(counts[None], torch.tensor([shift]))[0] if shift else counts
 
 
 @lru_cache(maxsize=4)

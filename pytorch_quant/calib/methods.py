@@ -57,7 +57,10 @@ def search_amax(
         histograms: Any numbers of bins and channels, any devices.
         formats: The number format for each.
         method: One of `SEARCH_METHODS`.
-        percentile, start_bin, stride, p: Options; those of other methods have no effect.
+        percentile: In percent, of `percentile`. Options of other methods have no effect.
+        start_bin: The least candidate, of the other three.
+        stride: Bins between candidates, of the other three.
+        p: The power of the error, of `lp`.
 
     Returns:
         For each histogram float32 `(channels,)`, real units, on its device.
@@ -84,7 +87,9 @@ def search_amax(
                 found.append(percentile_amax(*rows[:2], percentile, maximum=rows[2]))
             elif method == "lp":
                 found.append(
-                    lp_amax(*rows[:2], shared, p, start_bin=start_bin, stride=stride, maximum=rows[2])
+                    lp_amax(
+                        *rows[:2], shared, p, start_bin=start_bin, stride=stride, maximum=rows[2]
+                    )
                 )
             else:
                 search: Callable[..., Tensor] = mse_amax if method == "mse" else entropy_amax

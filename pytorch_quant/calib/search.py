@@ -60,9 +60,7 @@ def mse_amax(
     maximum: Tensor | None = None,
 ) -> Tensor:
     """The amax with the least mean squared error of the fake-quantized values: `lp_amax`, p = 2."""
-    return lp_amax(
-        counts, width, fmt, 2.0, start_bin=start_bin, stride=stride, maximum=maximum
-    )
+    return lp_amax(counts, width, fmt, 2.0, start_bin=start_bin, stride=stride, maximum=maximum)
 
 
 def lp_amax(

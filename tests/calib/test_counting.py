@@ -24,6 +24,37 @@ def test_threads_count_the_same(dtype, bins, monkeypatch):
     assert together[0].tolist() == expected(x, bins, 4)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_range_grows_from_block_to_block(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(counting, "_BLOCK", 64)
+    counting._lane_offsets.cache_clear()
+    x = torch.randn(1000) * torch.logspace(-3, 4, 1000)
+    x[:70] = 0
+    with counting_threads():
+        found = counting.range_and_counts(x, 256)
+    counting._lane_offsets.cache_clear()
+    assert (found.low, found.high) == (float(x.min()), float(x.max()))
+    assert 2.0 ** (found.exponent - 1) <= float(x.abs().max()) < 2.0**found.exponent
+    assert found.counts.tolist() == expected(x, 256, found.exponent)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_bad_values_are_seen_wherever_they_are(threads, bad, place, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(counting, "_BLOCK", 64)
+    counting._lane_offsets.cache_clear()
+    x = torch.randn(1000)
+    x[place] = bad
+    with counting_threads():
+        found = counting.range_and_counts(x, 256)
+    counting._lane_offsets.cache_clear()
+    assert found.counts is None
+    assert not np.isfinite(max(found.high, -found.low))
+
+
 def test_threads_leave_torch_as_it_was():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), counting_threads(), counting_threads():

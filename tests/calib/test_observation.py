@@ -12,13 +12,13 @@ from pytorch_quant.calib.observation import observe, shared_observations
 def counted(monkeypatch):
     """How often a tensor was counted."""
     calls = []
-    count = observation.count_rows
+    count = observation.range_and_counts
 
     def counting(*args):
         calls.append(args)
         return count(*args)
 
-    monkeypatch.setattr(observation, "count_rows", counting)
+    monkeypatch.setattr(observation, "range_and_counts", counting)
     return calls
 
 
@@ -58,6 +58,20 @@ def test_a_tensor_that_was_written_to_is_another_one():
         view.mul_(2)
         calibrator.collect(x)
     assert [float(a) for a in calibrator.amaxs] == [1, 3, 6]
+
+
+def test_counts_that_nobody_announced():
+    x = torch.randn(5, 40)
+    with shared_observations():
+        maxima, histogram, finer = MaxCalibrator(), HistogramCalibrator(), HistogramCalibrator()
+        finer._num_bins = 4096
+        for calibrator in (maxima, histogram, finer):
+            calibrator.collect(x)
+    for calibrator, bins in ((histogram, 2048), (finer, 4096)):
+        alone = HistogramCalibrator(num_bins=bins)
+        alone.collect(x)
+        state = alone.state()
+        assert all(torch.equal(state[k], v) for k, v in calibrator.state().items())
 
 
 def test_tensors_of_inference_mode():
