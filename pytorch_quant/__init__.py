@@ -15,8 +15,15 @@ from pytorch_quant.calib import CalibrationError
 from pytorch_quant.compat import enable_onnx_export, install_as_pytorch_quantization
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.export import ExportReport, export_onnx
+from pytorch_quant.improve import adaround, bias_correction, equalize_weights, smooth_quant
 from pytorch_quant.nn import TensorQuantizer
-from pytorch_quant.ptq import CalibrationReport, calibrate, compute_amax
+from pytorch_quant.ptq import (
+    CalibrationReport,
+    calibrate,
+    compute_amax,
+    load_calibration,
+    save_calibration,
+)
 from pytorch_quant.scheme import (
     FP8,
     INT4_WEIGHT_ONLY,
@@ -39,13 +46,19 @@ __all__ = [
     "Scheme",
     "TensorQuantizer",
     "__version__",
+    "adaround",
+    "bias_correction",
     "calib",
     "calibrate",
     "compute_amax",
     "enable_onnx_export",
+    "equalize_weights",
     "export_onnx",
     "install_as_pytorch_quantization",
+    "load_calibration",
     "nn",
     "quant_modules",
+    "save_calibration",
+    "smooth_quant",
     "tensor_quant",
 ]

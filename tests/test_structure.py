@@ -37,6 +37,7 @@ LAYERS = [
     ("placement", 4),
     ("quantization", 4),
     ("fold", 4),
+    ("fold_pairs", 4),
     ("ptq", 5),
     ("improve", 5),
     ("export", 5),

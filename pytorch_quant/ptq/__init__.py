@@ -3,5 +3,13 @@
 from pytorch_quant.ptq.calibration import calibrate
 from pytorch_quant.ptq.ranges import compute_amax
 from pytorch_quant.ptq.report import CalibrationReport, QuantizerRange
+from pytorch_quant.ptq.storage import load_calibration, save_calibration
 
-__all__ = ["CalibrationReport", "QuantizerRange", "calibrate", "compute_amax"]
+__all__ = [
+    "CalibrationReport",
+    "QuantizerRange",
+    "calibrate",
+    "compute_amax",
+    "load_calibration",
+    "save_calibration",
+]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward, call_model, tensors_in
 from pytorch_quant.calib import HistogramCalibrator
 from pytorch_quant.calib.calibrators import compute_together
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.ptq.sync import agreeing
 
 CANDIDATES = ("max", "percentile", "mse", "entropy", "lp")
 # For a quantizer that the sample does not reach: the least error of the tensor itself.
@@ -61,6 +63,44 @@ def choose_best(
     for calibrator, trial in zip(calibrators, trials.values(), strict=True):
         assert calibrator is not None
         calibrator.best = trial.winner()
+
+
+def choose_alike(
+    model: nn.Module,
+    quantizers: dict[str, TensorQuantizer],
+    sample: Sequence[Any],
+    forward: Forward | None,
+    progress: bool,
+    counts: Sequence[int],
+    together: bool,
+    lockstep: bool,
+) -> None:
+    """`choose_best`, with the choice of the first process that has a batch for all of them.
+
+    Args:
+        model: In eval mode, its quantizers neither quantizing nor collecting.
+        quantizers: By qualified name.
+        sample: Batches of this process.
+        forward: As in `calibrate`.
+        progress: Show a progress bar.
+        counts: Batches of each process.
+        together: There are several processes.
+        lockstep: Forward passes are collective: the others run the same trials, in vain.
+
+    Raises:
+        RuntimeError: another process failed.
+    """
+    first = next(rank for rank, batches in enumerate(counts) if batches)
+    with agreeing(together) as stage:
+        if lockstep or not together or distributed.rank() == first:
+            stage.alone = lockstep
+            choose_best(model, quantizers, sample[: counts[first]], forward, progress)
+            stage.alone = False
+        stage.value = {name: getattr(q._calibrator, "best", None) for name, q in quantizers.items()}
+    if together:
+        for name, quantizer in quantizers.items():
+            if isinstance(quantizer._calibrator, HistogramCalibrator):
+                quantizer._calibrator.best = stage.values[first][name]
 
 
 class _Trial:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward, call_model, count
 from pytorch_quant.calib import CalibrationError, Calibrator
 from pytorch_quant.calib.counting import counting_threads
 from pytorch_quant.calib.observation import shared_observations
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
-from pytorch_quant.ptq.best import choose_best
+from pytorch_quant.ptq.best import choose_alike
+from pytorch_quant.ptq.lockstep import faults_wait, in_step
 from pytorch_quant.ptq.options import check_methods, check_options
 from pytorch_quant.ptq.ranges import fill, prepare_calibrator, takes_part
 from pytorch_quant.ptq.report import CalibrationReport
+from pytorch_quant.ptq.sync import (
+    Agreement,
+    agreeing,
+    check_same,
+    describe,
+    start_once,
+    take_first,
+    unite,
+)
 
 
 def calibrate(
@@ -30,6 +42,7 @@ def calibrate(
     progress: bool = True,
     weight_method: str = "max",
     accumulate: bool = False,
+    sync: bool = True,
     **options: Any,
 ) -> CalibrationReport:
     """Fill the amax of every quantizer of `model`, in place, from batches and weights.
@@ -43,6 +56,17 @@ def calibrate(
     An interrupt or an error keeps the statistics of the batches before it: `compute_amax` uses
     them, `save_calibration` stores them, and `accumulate=True` goes on from them.
 
+    In a torch.distributed process group every process calls this with its share of the batches,
+    any number of them, also none. All get the statistics and the amax that one process would get
+    from all batches: the same bits, but `mean_max` to a relative 1e-6; `moving_max` and `best` are
+    those of the first process that has a batch. An error of one process is raised there and, as
+    a RuntimeError naming its rank, in the others, which keep what they have collected; an
+    interrupt stops one process alone. Statistics that all processes share, from such a
+    calibration or from `load_calibration`, count once with `accumulate=True`.
+    DistributedDataParallel broadcasts its buffers once. With FSDP2 (`fully_shard`) the processes
+    run in step; one that has run out of batches repeats its last one uncounted. There an error
+    inside the model's own forward pass leaves the other processes to their timeout.
+
     Args:
         model: Holds `TensorQuantizer` modules.
         batches: A tensor is passed to the model as it is, a mapping as keywords, a tuple or list
@@ -55,6 +79,8 @@ def calibrate(
         progress: Show a progress bar.
         weight_method: How weights are ranged: `max`, `percentile`, `mse`, `entropy` or `lp`.
         accumulate: Add to the statistics that are there instead of starting afresh.
+        sync: Combine the statistics of all processes of the group; if false, of this one alone,
+            without any communication.
         **options: Options of the method: `percentile=99.9`; `p=2.4` of `lp`; `start_bin`, `stride`
             of `mse`, `entropy` and `lp`; `momentum=0.9` of `moving_max`; `sample_batches=1` of
             `best`.
@@ -66,13 +92,80 @@ def calibrate(
         CalibrationError: NaN or Inf, or a negative value at an unsigned quantizer, naming the
             quantizer and the batch. Statistics from earlier batches are kept. On an accelerator
             the error comes at the end of the pass.
-        RuntimeError: a batch on another device than the model.
-        TypeError: a batch of a type that cannot be passed on, or an option that the method does
-            not have.
-        ValueError: unknown method, option out of range, no quantizers, or no batches.
+        RuntimeError: a batch on another device than the model, or an error of another process.
+        TypeError: a batch of a type that cannot be passed on, an option that the method does not
+            have, a calibrator whose statistics cannot be combined, or a model in
+            FullyShardedDataParallel.
+        ValueError: unknown method, option out of range, no quantizers, no batches, processes whose
+            models or arguments differ, or `sync=False` for a model that FSDP2 has sharded.
     """
-    check_methods(method, weight_method)
-    check_options(method, options)
+    together = sync and distributed.world_size() > 1
+    with agreeing(together):
+        check_methods(method, weight_method)
+        check_options(method, options)
+        quantizers = _quantizers_of(model, batches)
+        weights = weight_quantizers(model)
+        lockstep = distributed.forward_communicates(model)
+        if lockstep and not sync:
+            raise ValueError(
+                "a forward pass of a model that is sharded over processes needs all of them; use "
+                "sync=True, or calibrate before fully_shard"
+            )
+    collecting = {name: q for name, q in quantizers.items() if takes_part(q) and not weights.get(q)}
+    activations = {name: q for name, q in collecting.items() if q not in weights}
+    before = {quantizer: quantizer._calibrator for quantizer in collecting.values()}
+    progress = progress and not (together and distributed.rank())
+    keep = options.get("sample_batches", 1) if method == "best" else 0
+    ran = Agreement()
+    try:
+        with agreeing(together) as start:
+            for name, quantizer in collecting.items():
+                wanted = weight_method if quantizer in weights else method
+                prepare_calibrator(quantizer, wanted, accumulate, name)
+                if "momentum" in options and isinstance(quantizer._calibrator, Calibrator):
+                    quantizer._calibrator.momentum = options["momentum"]
+            start_once(collecting, accumulate, together)
+            if together:
+                arguments = {"method": method, "weight_method": weight_method, **options}
+                start.value = describe(collecting, accumulate=accumulate, **arguments)
+        if together:
+            check_same(start.values)
+        # Not inference mode: a model may keep tensors that it makes in its first forward pass.
+        with (
+            preserved_modes(model),
+            distributed.buffers_stay(model, agree=together),
+            torch.no_grad(),
+        ):
+            model.eval()
+            _set_modes(quantizers.values(), collecting.values())
+            bar = tqdm(
+                batches, desc=f"calibrate ({method})", total=count(batches), disable=not progress
+            )
+            with agreeing(together) as ran:
+                sample = _run(model, bar, forward, quantizers, collecting, lockstep, keep, ran)
+            if not any(ran.values):
+                raise ValueError("no batches to calibrate on: the loader is empty")
+            if together:
+                unite(collecting)
+            if keep:
+                _set_modes(quantizers.values(), ())
+                choose_alike(
+                    model, activations, sample, forward, progress, ran.values, together, lockstep
+                )
+    except BaseException:
+        if not any(ran.values):
+            # Nothing new was learned: what was known before is still the best.
+            for quantizer, calibrator in before.items():
+                quantizer._calibrator = calibrator
+        raise
+    with agreeing(together):
+        report = fill(model, method, weight_method, options, sum(ran.values))
+    if together:
+        take_first(activations, report)
+    return report
+
+
+def _quantizers_of(model: nn.Module, batches: Any) -> dict[str, TensorQuantizer]:
     if isinstance(batches, Tensor):
         raise TypeError(
             f"batches is one tensor of shape {tuple(batches.shape)}; pass an iterable of batches, "
@@ -85,49 +178,37 @@ def calibrate(
             "(Layers that torch itself builds inside nn.MultiheadAttention, nn.Transformer and "
             "lazy modules are not replaced)"
         )
-    weights = weight_quantizers(model)
-    collecting = {
-        name: q for name, q in quantizers.items() if takes_part(q) and not weights.get(q)
-    }
-    before = {quantizer: quantizer._calibrator for quantizer in collecting.values()}
-    keep = options.get("sample_batches", 1) if method == "best" else 0
+    return quantizers
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    quantizers: dict[str, TensorQuantizer],
+    collecting: dict[str, TensorQuantizer],
+    lockstep: bool,
+    keep: int,
+    stage: Agreement,
+) -> list[Any]:
+    """Show every batch to the model, counting in `stage.value`; returns the first `keep`."""
+    stage.value = 0
     sample: list[Any] = []
-    seen = 0
-    try:
-        for name, quantizer in collecting.items():
-            wanted = weight_method if quantizer in weights else method
-            prepare_calibrator(quantizer, wanted, accumulate, name)
-            if "momentum" in options and isinstance(quantizer._calibrator, Calibrator):
-                quantizer._calibrator.momentum = options["momentum"]
-        # Not inference mode: a model may keep tensors that it makes in its first forward pass.
-        with preserved_modes(model), torch.no_grad():
-            model.eval()
-            _set_modes(quantizers.values(), collecting.values())
-            bar = tqdm(
-                batches, desc=f"calibrate ({method})", total=count(batches), disable=not progress
-            )
-            with counting_threads(), shared_observations():
-                for batch in bar:
-                    try:
-                        (forward or call_model)(model, batch)
-                    except CalibrationError as error:
-                        raise CalibrationError(f"calibration batch {seen}: {error}") from error
-                    seen += 1
-                    if len(sample) < keep:
-                        sample.append(batch)
-            if sample:
-                _set_modes(quantizers.values(), ())
-                activations = {n: q for n, q in collecting.items() if q not in weights}
-                choose_best(model, activations, sample, forward, progress)
-        if not seen:
-            raise ValueError("no batches to calibrate on: the loader is empty")
-    except BaseException:
-        if not seen:
-            # Nothing new was learned: what was known before is still the best.
-            for quantizer, calibrator in before.items():
-                quantizer._calibrator = calibrator
-        raise
-    return fill(model, method, weight_method, options, seen)
+    waiting = faults_wait(collecting.values() if lockstep else ())
+    with counting_threads(), shared_observations(), waiting as faults:
+        try:
+            for batch, own in in_step(batches, faults) if lockstep else zip(batches, repeat(True)):
+                if not own:
+                    _set_modes(quantizers.values(), ())
+                stage.alone = lockstep
+                (forward or call_model)(model, batch)
+                stage.alone = False
+                stage.value += own and faults.first is None
+                if len(sample) < keep:
+                    sample.append(batch)
+        except CalibrationError as error:
+            raise CalibrationError(f"calibration batch {stage.value}: {error}") from error
+    return sample
 
 
 def _set_modes(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.calibrators import compute_together
 from pytorch_quant.calib.methods import MAXIMA_METHODS
+from pytorch_quant.distributed import whole
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.options import COLLECTING, check_methods, check_options
@@ -21,7 +22,8 @@ def compute_amax(
 ) -> CalibrationReport:
     """Fill the amax of every quantizer, in place, by another method from the same statistics.
 
-    It talks to no other process: after `calibrate` all of them hold the same statistics.
+    It talks to no other process, as all of them hold the same statistics after `calibrate`; only
+    where FSDP2 has sharded the weights do all have to call it, to see them whole.
 
     Args:
         model: Calibrated before, by `calibrate` or by a loop over its quantizers.
@@ -194,7 +196,7 @@ def _collect_weights(
     prepare_calibrator(quantizer, method, False, name)
     for weight in weights:
         try:
-            quantizer.collect(weight)
+            quantizer.collect(whole(weight))
         except CalibrationError as error:
             raise CalibrationError(f"{name}: {error}") from error
         except RuntimeError as error:
