@@ -239,8 +239,10 @@ class _Recorder(TorchFunctionMode):
                     self._leave, with_kwargs=True, always_call=True
                 )
                 self._hooks += [enter, leave]
-        # Scripted modules take no hooks of their own.
-        self._hooks.append(register_module_forward_hook(self._leave_script, with_kwargs=True))
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self.flow.modules.values()):
+            # Scripted modules take no hooks of their own. Without keywords: torch forgets to take
+            # back its note that a hook for all modules wants them.
+            self._hooks.append(register_module_forward_hook(self._leave_script))
 
     def detach(self) -> None:
         for hook in self._hooks:
@@ -270,9 +272,9 @@ class _Recorder(TorchFunctionMode):
             self.flow.quantizers.setdefault(self._names[module], []).append(entered[0])
             self._note(result, entered[0])
 
-    def _leave_script(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def _leave_script(self, module: nn.Module, args: Any, result: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule) and module in self._names:
-            given = args, kwargs
+            given = args, {}
             made = list(tensors_in(result))
             self._add_call(module, self._started(module), given, self.values_in(given), made)
 
