@@ -274,7 +274,7 @@ class _Recorder(TorchFunctionMode):
 
     def _leave_script(self, module: nn.Module, args: Any, result: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule) and module in self._names:
-            given = args, {}
+            given: tuple[Any, dict] = args, {}
             made = list(tensors_in(result))
             self._add_call(module, self._started(module), given, self.values_in(given), made)
 
