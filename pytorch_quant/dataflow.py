@@ -10,10 +10,8 @@ what is recorded is the path that these inputs take.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -25,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytorch_quant.batches import call_model, tensors_in
-from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.op_kinds import COMPOSITES, METADATA, op_kind, opened
+from pytorch_quant.plain_pass import plain_forward
 
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
@@ -126,48 +124,6 @@ class Dataflow:
     def consumers(self, value: int) -> list[Call]:
         """The calls that take a value, each once, in order."""
         return [self.calls[index] for index in self._consumers.get(value, ())]
-
-
-@contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
-    """Let `model` run in eval mode, unquantized and without gradients, and put everything back.
-
-    That is: train/eval and the modes of quantizers, the values of buffers, the state of torch's
-    random generators, and the fused attention of torch, whose parts cannot be seen. Compiled
-    modules run eagerly.
-    """
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    compiler = sys.modules.get("torch._dynamo")
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(preserved_modes(model))
-        stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
-        if compiler is not None:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # An inference tensor does not tell whether it was written to.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            if not isinstance(module, torch.jit.ScriptModule)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        model.eval()
-        for quantizer in named_quantizers(model).values():
-            quantizer.disable_quant()
-            quantizer.disable_clip()
-            quantizer.disable_calib()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not buffer.is_inference():
-                    buffer.copy_(before)
 
 
 def record(model: nn.Module, example_inputs: Any) -> Dataflow:

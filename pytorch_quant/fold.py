@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pytorch_quant.batches import call_model, tensors_in
-from pytorch_quant.dataflow import Dataflow, plain_forward, record
+from pytorch_quant.dataflow import Dataflow, record
 from pytorch_quant.fold_pairs import FoldablePair, NotFoldable, find_pairs
+from pytorch_quant.plain_pass import plain_outputs, same_outputs
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _fold(model: nn.Module, flow: Dataflow, example_inputs: Any = None) -> FoldR
     pairs, skipped = find_pairs(model, flow)
     done: list[tuple[FoldablePair, _Change]] = []
     checked = bool(pairs) and example_inputs is not None
-    expected = _outputs(model, example_inputs) if checked else []
+    expected = plain_outputs(model, example_inputs) if checked else []
     try:
         for pair in pairs:
             try:
@@ -257,10 +257,10 @@ def _note(pair: FoldablePair, new_bias: bool) -> str:
 
 def _check(model: nn.Module, example_inputs: Any, expected: list[Tensor]) -> None:
     try:
-        found = _outputs(model, example_inputs)
+        found = plain_outputs(model, example_inputs)
     except Exception as error:
         raise _Differs(f"the model raises {type(error).__name__}: {error}") from error
-    if not _agree(expected, found):
+    if not same_outputs(expected, found):
         raise _Differs("its outputs are others")
 
 
@@ -289,25 +289,6 @@ def _explained(
         "outputs with all batch norms folded are others than before, and not so when folded one "
         "after the other: the model is random beyond torch's seed. Nothing is changed"
     )
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with plain_forward(model):
-        return [t.clone() for t in tensors_in(call_model(model, copy.deepcopy(example_inputs)))]
-
-
-def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether outputs are the same up to what rounding may do, as far as they are real numbers."""
-    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
-        return False
-    for a, b in zip(expected, found, strict=True):
-        if a.is_floating_point() and a.numel():
-            # Loose: a batch norm too few shows at full size, and TF32 keeps three digits.
-            share = 1e-1 if torch.finfo(a.dtype).bits < 32 else 1e-2
-            a, b = a.double().nan_to_num(), b.double().nan_to_num()
-            if float((a - b).abs().max()) > share * max(float(a.abs().max()), 1e-30):
-                return False
-    return True
 
 
 # Freezing

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pytorch_quant.batches import call_model, tensors_in
-from pytorch_quant.dataflow import plain_forward, record
+from pytorch_quant.dataflow import record
 from pytorch_quant.improve.layer_pairs import LayerPair, find_pairs
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.plain_pass import plain_outputs, same_outputs
 
 # A channel this small beside the largest is rounding noise, as batch norm leaves when it switches a
 # channel off; to lift it would lift its bias by the same factor.
@@ -272,11 +272,11 @@ def _new_ranges(
 def _replace(model: nn.Module, example_inputs: Any, changed: dict[nn.Parameter, Tensor]) -> None:
     """Write the new weights, unless they change what the model computes."""
     old = {tensor: tensor.detach().clone() for tensor in changed}
-    expected = _outputs(model, example_inputs)
+    expected = plain_outputs(model, example_inputs)
     try:
         for tensor, new in changed.items():
             tensor.copy_(new)
-        if not _agree(expected, _outputs(model, example_inputs)):
+        if not same_outputs(expected, plain_outputs(model, example_inputs)):
             raise RuntimeError(
                 "equalized weights change the outputs of the model: it takes a tensor between two "
                 "layers where no torch function shows it (NumPy, a custom autograd function), or "
@@ -286,25 +286,6 @@ def _replace(model: nn.Module, example_inputs: Any, changed: dict[nn.Parameter, 
         for tensor, before in old.items():
             tensor.copy_(before)
         raise
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with plain_forward(model):
-        return list(tensors_in(call_model(model, copy.deepcopy(example_inputs))))
-
-
-def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether outputs are the same up to what rounding may do, as far as they are real numbers."""
-    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
-        return False
-    for a, b in zip(expected, found, strict=True):
-        if a.is_floating_point() and a.numel():
-            # Loose: a wrong scale shows at full size, and TF32 keeps three digits.
-            share = 1e-1 if torch.finfo(a.dtype).bits < 32 else 1e-2
-            a, b = a.double().nan_to_num(), b.double().nan_to_num()
-            if float((a - b).abs().max()) > share * max(float(a.abs().max()), 1e-30):
-                return False
-    return True
 
 
 def _clear(model: nn.Module, names: list[str]) -> list[str]:
