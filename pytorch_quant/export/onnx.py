@@ -19,6 +19,7 @@ from pytorch_quant.export.initializers import (
     name_after_quantizers,
     store_integer_weights,
 )
+from pytorch_quant.export.pairs import merge_equal_pairs
 from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 
@@ -136,6 +137,7 @@ def export_onnx(
                 f"opset={asked} was asked for, and the exporter wrote {written}; leave opset out, "
                 "or choose one that this torch writes"
             )
+        merge_equal_pairs(proto.graph)
         stored = store_integer_weights(proto.graph) if weights == "int8" else 0
         name_after_quantizers(proto.graph)
         drop_traces(proto.graph)
