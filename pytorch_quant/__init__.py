@@ -15,6 +15,8 @@ from pytorch_quant.calib import CalibrationError
 from pytorch_quant.compat import enable_onnx_export, install_as_pytorch_quantization
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.export import ExportReport, export_onnx
+from pytorch_quant.export.lint import Finding, lint_onnx
+from pytorch_quant.fold import fold_batchnorm, freeze_batchnorm
 from pytorch_quant.improve import adaround, bias_correction, equalize_weights, smooth_quant
 from pytorch_quant.nn import TensorQuantizer
 from pytorch_quant.ptq import (
@@ -24,6 +26,7 @@ from pytorch_quant.ptq import (
     load_calibration,
     save_calibration,
 )
+from pytorch_quant.quantization import placement_plan, quantize
 from pytorch_quant.scheme import (
     FP8,
     INT4_WEIGHT_ONLY,
@@ -42,6 +45,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationReport",
     "ExportReport",
+    "Finding",
     "QuantDescriptor",
     "Scheme",
     "TensorQuantizer",
@@ -54,10 +58,15 @@ __all__ = [
     "enable_onnx_export",
     "equalize_weights",
     "export_onnx",
+    "fold_batchnorm",
+    "freeze_batchnorm",
     "install_as_pytorch_quantization",
+    "lint_onnx",
     "load_calibration",
     "nn",
+    "placement_plan",
     "quant_modules",
+    "quantize",
     "save_calibration",
     "smooth_quant",
     "tensor_quant",

@@ -1,0 +1,273 @@
+"""Quantize, calibrate, export and run every network of the coverage table, and write the table.
+
+    python tools/model_coverage.py                       all networks, then docs/model_coverage.md
+    python tools/model_coverage.py resnet18 'vit_*'      these alone, to the terminal
+
+Each network has random weights, and batch-norm statistics of random images: otherwise its activations
+would vanish or overflow, and nothing would be tested. The exported file runs in ONNX Runtime with
+optimizations off, next to the fake-quantized model. A random network amplifies one code that rounding
+moved, so the yardstick is the model itself: how far do its outputs move when its input moves by 1e-6?
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torchvision
+from coverage_models import Entry, own_entries, torchvision_entries
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pytorch_quant as pq
+from pytorch_quant.batches import call_model, tensors_in
+from pytorch_quant.export.lint import lint_onnx
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "model_coverage.md"
+RESULTS = ROOT / "docs" / "model_coverage.json"
+MOVED = 1e-6
+# Not every move is near a tie; the search ends with one that shows as much as the file does.
+MOVES = 32
+# Two outputs of float32 arithmetic in different order differ by this much anyway.
+ROUNDING = 1e-5
+STEPS = 10
+
+
+@dataclass
+class Row:
+    """What one network did.
+
+    Attributes:
+        name, family: As in its entry.
+        quantizers: How many of each kind: conv, linear, matmul, add, cat, ... and weights.
+        left: Layers and calls that could be quantized and stay float.
+        difference: Largest difference between the file's outputs and those of the fake-quantized
+            model, over the largest output.
+        moved: The same between the model and itself when its input moves by 1e-6.
+        findings: Of severity error or performance in the file.
+        seconds: From building to the last check.
+        problem: Why it does not pass; empty if it does.
+    """
+
+    name: str
+    family: str
+    quantizers: dict[str, int]
+    left: int = 0
+    difference: float = 0.0
+    moved: float = 0.0
+    findings: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def cover(entry: Entry) -> Row:
+    """Take one network all the way."""
+    row, started = Row(entry.name, entry.family, {}), time.perf_counter()
+    try:
+        _cover(entry, row)
+    except Exception as error:
+        row.problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        traceback.print_exc()
+    row.seconds = time.perf_counter() - started
+    return row
+
+
+def _cover(entry: Entry, row: Row) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    model = entry.build()
+    warm_batch_norm(model, [entry.inputs(2, generator) for _ in range(4)])
+    example = entry.inputs(2, generator)
+    plan = pq.placement_plan(model, example)
+    row.quantizers = dict(Counter(q.op for q in plan.quantizers))
+    row.left = len(plan.left)
+    pq.quantize(model, example_inputs=example)
+    pq.calibrate(model, [entry.inputs(2, generator) for _ in range(2)], progress=False)
+    model.eval()
+    with torch.no_grad():
+        expected = outputs(model, example)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        arguments, names = as_arguments(example)
+        pq.export_onnx(Positional(model, names) if names else model, arguments, path)
+        findings = [f for f in lint_onnx(path) if f.severity in ("error", "performance")]
+        got = run(path, arguments)
+    row.difference = distance(expected, got)
+    with torch.no_grad():
+        for _ in range(MOVES):
+            again = outputs(model, moved(example, generator))
+            row.moved = max(row.moved, distance(expected, again))
+            if row.moved >= row.difference:
+                break
+    row.findings = len(findings)
+    if row.difference > row.moved + ROUNDING:
+        row.problem = f"differs by {row.difference:.1e}"
+    elif findings:
+        first = findings[0]
+        row.problem = f"{len(findings)} findings: {first.rule} at {first.node}: {first.message}"
+    else:
+        fine_tune(model, example)
+
+
+def warm_batch_norm(model: nn.Module, batches: list[Any]) -> None:
+    """Give every batch norm the statistics of the batches."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+            module.reset_running_stats()
+    model.train()
+    with torch.no_grad():
+        for batch in batches:
+            call_model(model, batch)
+    model.eval()
+
+
+def fine_tune(model: nn.Module, example: Any) -> None:
+    """A few steps of training, in train mode: the recorded calls must still be there."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for _ in range(STEPS):
+        loss = sum(t.float().square().mean() for t in tensors_in(call_model(model, example)))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+
+def outputs(model: nn.Module, example: Any) -> list[np.ndarray]:
+    return [t.numpy() for t in tensors_in(call_model(model, example)) if t.is_floating_point()]
+
+
+def moved(example: Any, generator: torch.Generator) -> Any:
+    if isinstance(example, Tensor):
+        if not example.is_floating_point():
+            return example
+        return example + MOVED * (2 * torch.rand(example.shape, generator=generator) - 1)
+    if isinstance(example, dict):
+        return {key: moved(value, generator) for key, value in example.items()}
+    return tuple(moved(value, generator) for value in example)
+
+
+def distance(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
+    """The largest difference of any output, over the largest magnitude of that output."""
+    return max(
+        float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+        for a, b in zip(expected, got, strict=True)
+    )
+
+
+class Positional(nn.Module):
+    """Takes by position what the model takes by name."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
+def as_arguments(example: Any) -> tuple[tuple[Tensor, ...], list[str]]:
+    if isinstance(example, dict):
+        return tuple(example.values()), list(example)
+    return (example,) if isinstance(example, Tensor) else tuple(example), []
+
+
+def run(path: Path, arguments: tuple[Tensor, ...]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feeds = dict(zip(names, [a.numpy() for a in arguments], strict=True))
+    return [y for y in session.run(None, feeds) if y.dtype == np.float32]
+
+
+def page(rows: list[Row], left: list[tuple[str, str]]) -> str:
+    """The table as Markdown."""
+    kinds = [k for k, _ in Counter(k for row in rows for k in row.quantizers).most_common()]
+    passed = sum(not row.problem for row in rows)
+    lines = [
+        "# Model coverage",
+        "",
+        "Every classification, segmentation and detection network of torchvision below 150 million",
+        "parameters, and networks of other shapes, taken through `quantize(model, example_inputs=...)`,",
+        "`calibrate`, `export_onnx`, ONNX Runtime with optimizations off, `lint_onnx`, and ten steps of",
+        "fine-tuning in train mode. Weights are random; batch norms have the statistics of random images.",
+        "",
+        f"**{passed} of {len(rows)} pass.** {date.today()}, torch {torch.__version__.split('+')[0]}, torchvision",
+        f"{torchvision.__version__.split('+')[0]}, ONNX Runtime {onnxruntime.__version__}, CPU;"
+        " `python tools/model_coverage.py`.",
+        "",
+        "*difference*: largest difference between the outputs of the file and of the fake-quantized model,",
+        "over the largest output. *moved*: the same between that model and itself when its input moves by",
+        f"1e-6, the largest of up to {MOVES} moves, ended by one that shows as much as the file; random",
+        "networks amplify one code that rounding moved. A network passes where the difference is no larger,",
+        "and where the file has no finding of severity error or performance, and the model trains.",
+        "The other columns count quantizers by what they are for; *float* is what could be quantized and is",
+        "left float by the rules for TensorRT.",
+        "",
+        "| network | " + " | ".join(kinds) + " | float | difference | moved | |",
+        "|---" * (len(kinds) + 5) + "|",
+    ]
+    for row in rows:
+        counts = " | ".join(str(row.quantizers.get(kind, "")) for kind in kinds)
+        lines.append(
+            f"| {row.name} | {counts} | {row.left or ''} | {row.difference:.1e} | {row.moved:.1e} | "
+            f"{row.problem.replace('|', '/') or 'pass'} |"
+        )
+    lines += ["", "Left out:", ""]
+    lines += [f"- {name}: {reason}" for name, reason in left]
+    lines += [
+        "",
+        "Detectors run from the image to the outputs of their heads, before boxes are decoded; the second",
+        "stage of a two-stage detector sees regions of a fixed grid, because which regions the first stage",
+        "proposes is decided by code that no runtime quantizes.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="names or patterns; all by default")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    entries, left = torchvision_entries()
+    entries = own_entries() + entries
+    if options.names:
+        entries = [e for e in entries if any(fnmatch.fnmatch(e.name, n) for n in options.names)]
+    done: dict[str, Row] = {}
+    if options.resume and RESULTS.exists():
+        done = {r["name"]: Row(**r) for r in json.loads(RESULTS.read_text()) if not r["problem"]}
+    rows = []
+    for entry in tqdm(entries, desc="networks"):
+        row = done.get(entry.name) or cover(entry)
+        rows.append(row)
+        gc.collect()
+        print(f"{row.name:40} {row.seconds:6.1f} s  {row.problem or 'pass'}", flush=True)
+        if not options.names:
+            RESULTS.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    if not options.names:
+        PAGE.write_text(page(rows, left))
+    return any(row.problem for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
