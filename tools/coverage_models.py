@@ -244,7 +244,11 @@ class Translation(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         mask = torch.full((12, 12), float("-inf")).triu(1)
-        return self.head(self.transformer(self.embed(source), self.embed(target), tgt_mask=mask))
+        return self.head(
+            self.transformer(
+                self.embed(source), self.embed(target), tgt_mask=mask, tgt_is_causal=False
+            )
+        )
 
 
 def own_entries() -> list[Entry]:

@@ -45,6 +45,8 @@ RESULTS = ROOT / "docs" / "model_coverage.json"
 MOVED = 1e-6
 # Not every move is near a tie; the search ends with one that shows as much as the file does.
 MOVES = 32
+# The file may have two codes moved where the model had one.
+FACTOR = 2
 # Two outputs of float32 arithmetic in different order differ by this much anyway.
 ROUNDING = 1e-5
 STEPS = 10
@@ -117,7 +119,7 @@ def _cover(entry: Entry, row: Row) -> None:
             if row.moved >= row.difference:
                 break
     row.findings = len(findings)
-    if row.difference > row.moved + ROUNDING:
+    if row.difference > FACTOR * row.moved + ROUNDING:
         row.problem = f"differs by {row.difference:.1e}"
     elif findings:
         first = findings[0]
@@ -218,7 +220,7 @@ def page(rows: list[Row], left: list[tuple[str, str]]) -> str:
         "*difference*: largest difference between the outputs of the file and of the fake-quantized model,",
         "over the largest output. *moved*: the same between that model and itself when its input moves by",
         f"1e-6, the largest of up to {MOVES} moves, ended by one that shows as much as the file; random",
-        "networks amplify one code that rounding moved. A network passes where the difference is no larger,",
+        "networks amplify one code that rounding moved. A network passes where the difference is not above twice that,",
         "and where the file has no finding of severity error or performance, and the model trains.",
         "The other columns count quantizers by what they are for; *float* is what could be quantized and is",
         "left float by the rules for TensorRT.",

@@ -14,7 +14,7 @@ from pytorch_quant.placement.frame_counts import calls_by_run, uneven
 from pytorch_quant.placement.layers import Layer, check_scheme, find_layers, weight_descriptor
 from pytorch_quant.placement.plan import LeftFloat, Operand, Place
 from pytorch_quant.placement.products import PROBABILITIES, PRODUCTS, Product, find_product
-from pytorch_quant.placement.requantized import AVERAGES, CONCATENATIONS, Taken, averaged
+from pytorch_quant.placement.requantized import AVERAGES, CONCATENATIONS, PAIRED, Taken, averaged
 from pytorch_quant.placement.residuals import ResidualAdd, find_add
 from pytorch_quant.placement.rules import BoundRules, Choice, Rules
 from pytorch_quant.placement.sharing import Key, Use
@@ -78,7 +78,7 @@ class Draft:
         return layers, values
 
     def _bind(self, rules: Rules) -> BoundRules:
-        kinds = PRODUCTS | CONCATENATIONS | AVERAGES | {"add"}
+        kinds = PRODUCTS | CONCATENATIONS | AVERAGES | PAIRED
         sites = {name: layer.op for name, layer in self.layers.items()}
         for call in self.flow.calls:
             if call.op in kinds and "#" in call.site and call.module not in self.layers:

@@ -1,10 +1,11 @@
-"""Concatenations and average pools: quantized where their result is quantized again (L6, L8)."""
+"""Calls without weights that are quantized where their result is quantized again (L6, L8)."""
 
 from __future__ import annotations
 
 from pytorch_quant.dataflow import Call
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.placement.plan import Operand
+from pytorch_quant.placement.products import PRODUCTS
 from pytorch_quant.placement.tracing import Tracing, operands
 
 Taken = dict[int, dict[Operand, QuantDescriptor | None]]
@@ -12,6 +13,7 @@ Taken = dict[int, dict[Operand, QuantDescriptor | None]]
 
 CONCATENATIONS = frozenset({"cat", "stack"})
 AVERAGES = frozenset({"avg_pool", "adaptive_avg_pool", "mean"})
+PAIRED = frozenset({"add", "mul"})
 
 
 class Readers:
@@ -111,3 +113,32 @@ def averaged(call: Call, tracing: Tracing) -> tuple[Operand, int] | None:
         if {axis % rank for axis in axes} != set(range(2, rank)):
             return None
     return tensor
+
+
+def paired(call: Call, tracing: Tracing) -> dict[Operand, int]:
+    """The two activations that a call adds or multiplies; nothing for any other call.
+
+    A product of two elementwise functions of one tensor is an activation function written out, such
+    as SiLU or GELU, and no pair.
+    """
+    if call.op not in PAIRED or not call.outputs:
+        return {}
+    sides = {p: v for p, v in operands(call).items() if tracing.active(v)}
+    if len(sides) != 2 or len(set(sides.values())) != 2:
+        return {}
+    first, second = (_elementwise_history(value, tracing) for value in sides.values())
+    return {} if call.op == "mul" and first & second else sides
+
+
+def _elementwise_history(value: int, tracing: Tracing) -> set[int]:
+    """The values that a value is an elementwise function of, itself included."""
+    found = {value}
+    while True:
+        call = tracing.flow.producer(value)
+        before = [] if call is None else [v for v in call.inputs if tracing.active(v)]
+        if call is None or call.op in PRODUCTS or len(before) != 1:
+            return found
+        if tracing.shape(before[0]) != tracing.shape(value):
+            return found
+        value = before[0]
+        found.add(value)

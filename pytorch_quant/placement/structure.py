@@ -9,10 +9,12 @@ from pytorch_quant.placement.layers import check_scheme
 from pytorch_quant.placement.requantized import (
     AVERAGES,
     CONCATENATIONS,
+    PAIRED,
     Readers,
     concatenated,
+    paired,
 )
-from pytorch_quant.placement.residuals import ResidualAdd, identity_side
+from pytorch_quant.placement.residuals import ResidualAdd, find_add, identity_side
 from pytorch_quant.placement.rules import Choice
 from pytorch_quant.placement.signs import Signs
 
@@ -65,12 +67,13 @@ def _sides(draft: Draft, add: ResidualAdd, choice: Choice) -> list[int]:
 
 
 def add_requantized(draft: Draft) -> Readers:
-    """Quantize concatenations and averages whose results are quantized again (L6, L8).
+    """Quantize what is quantized again behind it: concatenations, averages, pairs (L6, L8).
 
     From the last call to the first, because what comes first depends on what follows.
     """
     readers = Readers(draft.tracing, draft.taken)
-    planned = {call.index: layer for call, layer in draft.calls(*CONCATENATIONS, *AVERAGES)}
+    kinds = CONCATENATIONS | AVERAGES | PAIRED
+    planned = {call.index: layer for call, layer in draft.calls(*kinds)}
     for call in reversed(draft.flow.calls):
         for value in call.outputs:
             readers.settle(value)
@@ -78,6 +81,8 @@ def add_requantized(draft: Draft) -> Readers:
             continue
         if call.op in CONCATENATIONS:
             _add_concatenation(draft, readers, call)
+        elif call.op in PAIRED:
+            _add_pair(draft, readers, call)
         else:
             _add_average(draft, readers, call)
     return readers
@@ -123,6 +128,23 @@ def _add_concatenation(draft: Draft, readers: Readers, call: Call) -> None:
     reached = readers.reached(call.outputs[0], descriptor)
     for key in [*keys[1:], *map(draft.tracing.root, reached)]:
         draft.joined.append((keys[0], key))
+
+
+def _add_pair(draft: Draft, readers: Readers, call: Call) -> None:
+    """Both factors of a product, or both terms of a sum that no convolution is fused with (L8)."""
+    sides = paired(call, draft.tracing)
+    taken = call.index in draft.taken
+    if not sides or taken or draft.had_quantizer(call, list(sides.values())):
+        return
+    add = find_add(call, draft.tracing, draft.products)
+    if add is not None and any(add.convolutions):
+        return
+    descriptor = _requantized_descriptor(draft, readers, call, "(L8)")
+    if descriptor is None:
+        return
+    draft.left.pop(draft.site(call), None)
+    for path, value in sides.items():
+        draft.take(call, path, draft.tracing.root(value), descriptor, "its result is int8 (L8)")
 
 
 def _add_average(draft: Draft, readers: Readers, call: Call) -> None:

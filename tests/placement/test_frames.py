@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from pytorch_quant.nn import TensorQuantizer
 from pytorch_quant.placement.apply import apply_plan
 from pytorch_quant.placement.frames import framed_class
 
@@ -327,70 +326,6 @@ def test_a_parametrized_layer_is_quantized_at_its_call():
     expected = F.linear(fq(x), fq(layer.weight), layer.bias)
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
-
-
-# Modules that go through their children
-
-
-class Dense(nn.ModuleDict):
-    def forward(self, x):
-        features = [x]
-        for _, layer in self.items():
-            features.append(layer(torch.cat(features, 1)))
-        return torch.cat(features, 1)
-
-
-class Ends(nn.Sequential):
-    def forward(self, x):
-        for layer in self[:-1]:
-            x = layer(x)
-        return x + self[-1](x) + len(self)
-
-
-class Children(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        for child in list(self.children())[:-1]:
-            x = child(x)
-        for child in self._modules.values():
-            x = child(x)
-        return x + list(self.children())[-1](x)
-
-
-class Listed(nn.ModuleList):
-    def forward(self, x):
-        for layer in self:
-            x = layer(x) + len(self[1:])
-        return self[-1](x)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "ends", "children", "list"])
-def test_a_forward_that_iterates_sees_its_own_children(kind, compiled):
-    models = {
-        "dense": lambda: Dense({"a": nn.Linear(6, 3), "b": nn.Linear(9, 3)}),
-        "ends": lambda: Ends(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)),
-        "children": Children,
-        "list": lambda: Listed([nn.Linear(6, 6), nn.Linear(6, 6)]),
-    }
-    counts = {"dense": {"cat": 3}, "ends": {"add": 2}, "children": {"add": 1}, "list": {"add": 2}}
-    model, x = models[kind](), rand(2, 6)
-    expected = model(x)
-    operand = (0, 0) if kind == "dense" else (0,)
-    site = place(f"{next(iter(counts[kind]))}#0", *operand)
-    apply_plan(model, plan(planned(site), counts={"": counts[kind]}))
-    (quantizer,) = (m for m in model.modules() if isinstance(m, TensorQuantizer))
-    quantizer.disable()
-    run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
-    assert torch.equal(run(x), expected)
-    quantizer.enable()
-    assert not torch.equal(run(x), expected)
-    assert model._call_quantizers in list(model.children())
-    model.eval()
-    assert not quantizer.training
 
 
 def test_subclass_registries_do_not_see_the_framed_class():

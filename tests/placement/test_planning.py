@@ -596,6 +596,46 @@ def test_an_average_before_a_convolution():
     assert places(planned(net)) == ["a input = /avg_pool#0[0]", "b input"]
 
 
+def test_a_product_that_is_quantized_again():
+    """Squeeze and excitation: the map is one tensor, pooled and scaled."""
+    net = Net(
+        lambda m, x: (lambda y: m.c(y * m.b(y.mean((2, 3), keepdim=True)).sigmoid()))(m.a(x)),
+        a=conv(), b=conv(), c=conv(),
+    )  # fmt: skip
+    assert places(planned(net)) == [
+        "a input",
+        "/mean#0[0] = /mul#0[0]",
+        "b input",
+        "/mul#0[1]",
+        "c input",
+    ]
+    net = Net(lambda m, x: m.a(x) * m.b(x), a=conv(), b=conv())
+    assert places(planned(net)) == ["a input = b input"]
+    assert "returns it" in left(planned(net))["/mul#0"]
+
+
+def test_a_sum_that_is_quantized_again():
+    """With SiLU between them, no convolution can be fused with the add."""
+    net = Net(lambda m, x: m.b(F.silu(x) + F.silu(m.a(x))), a=conv(), b=conv())
+    plan = planned(net)
+    assert places(plan) == ["a input", "/add#0[0]", "/add#0[1]", "b input"]
+    assert not plan.left
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x.sigmoid(),
+        lambda x: F.relu6(x + 3) / 6 * x,
+        lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        lambda x: x * x,
+    ],
+)
+def test_an_activation_written_out_is_no_pair(function):
+    net = Net(lambda m, x: m.b(function(m.a(x))), a=conv(), b=conv())
+    assert places(planned(net)) == ["a input", "b input"]
+
+
 # Modules that run several times, and where calls are counted
 
 

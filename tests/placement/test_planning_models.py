@@ -20,11 +20,11 @@ TENSORRT = {
     "mobilenet_v2": (64, 53, {"conv": 52, "pool": 1, "linear": 1}, 10, 0, {}),
     # 9 blocks squeeze.
     "mobilenet_v3_small": (
-        64, 53, {"conv": 51, "pool": 10, "linear": 2}, 6, 0, {"conv H3": 1},
+        64, 53, {"conv": 51, "pool": 10, "mul": 9, "linear": 2}, 6, 0, {"conv H3": 1},
     ),
     # 16 blocks squeeze; six excitations come from fewer than 16 channels.
     "efficientnet_b0": (
-        64, 76, {"conv": 75, "pool": 17, "linear": 1}, 9, 0, {"conv H3": 6},
+        64, 76, {"conv": 75, "pool": 17, "mul": 16, "linear": 1}, 9, 0, {"conv H3": 6},
     ),
     # Depthwise convolutions of 24, 58 and 116 channels; 232 are a multiple of 8.
     "shufflenet_v2_x1_0": (
