@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LARGEST = 150_000_000
-_TRANSFORMERS = ("vit_", "swin", "maxvit", "convnext")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def _side(family: str, name: str) -> int:
         return 320 if name.startswith("ssd") and "lite" in name else 300 if "ssd" in name else 128
     if name == "inception_v3":
         return 128
-    if name.startswith("maxvit"):
+    # These pool to a grid that smaller images do not fill.
+    if name.startswith(("maxvit", "alexnet", "vgg")):
         return 224
     return 64
 
