@@ -32,7 +32,7 @@ class Entry:
     inputs: Callable[[int, torch.Generator], Any]
 
 
-def images(size: int, count: int, generator: torch.Generator) -> Tensor:
+def _images(size: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randn(count, 3, size, size, generator=generator)
 
 
@@ -54,7 +54,7 @@ def torchvision_entries() -> tuple[list[Entry], list[tuple[str, str]]]:
                 continue
             side = _side(family, name)
             build = partial(_build, family, name)
-            entries.append(Entry(name, family, build, partial(images, side)))
+            entries.append(Entry(name, family, build, partial(_images, side)))
     return entries, left
 
 
@@ -82,10 +82,10 @@ def _build(family: str, name: str) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True
     model = _bare(family, name, **options)
-    return RawHeads(model) if family == "detection" else model
+    return _RawHeads(model) if family == "detection" else model
 
 
-class RawHeads(nn.Module):
+class _RawHeads(nn.Module):
     """A detector from the image to what its heads put out, before boxes are decoded.
 
     In a two-stage detector the second stage sees regions of a fixed grid: which regions the first
@@ -119,7 +119,7 @@ def _regions(features: Tensor, size: int) -> Tensor:
     return F.interpolate(features[:, :, : 2 * size, : 2 * size], size=(size, size), mode="nearest")
 
 
-class UNet(nn.Module):
+class _UNet(nn.Module):
     """Concatenations across the U."""
 
     def __init__(self, width: int = 16) -> None:
@@ -146,10 +146,10 @@ class UNet(nn.Module):
         return self.head(self.join1(torch.cat([self.up1(x), first], 1)))
 
 
-class YoloHead(nn.Module):
+class _YoloHead(nn.Module):
     """CSP blocks, SiLU, a pyramid with upsampling, and a decoupled head on two scales."""
 
-    class Block(nn.Module):
+    class _Block(nn.Module):
         def __init__(self, c_in: int, c_out: int) -> None:
             super().__init__()
             self.first = _conv_silu(c_in, c_out, 1)
@@ -170,9 +170,9 @@ class YoloHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(_conv_silu(3, 32, 3, 2), _conv_silu(32, 64, 3, 2))
-        self.fine, self.reduce = self.Block(64, 64), _conv_silu(64, 128, 3, 2)
-        self.coarse = self.Block(128, 128)
-        self.merge = self.Block(192, 64)
+        self.fine, self.reduce = self._Block(64, 64), _conv_silu(64, 128, 3, 2)
+        self.coarse = self._Block(128, 128)
+        self.merge = self._Block(192, 64)
         self.heads = nn.ModuleList(
             nn.Sequential(_conv_silu(c, 64, 3), nn.Conv2d(64, 64, 1)) for c in (64, 128)
         )
@@ -189,7 +189,7 @@ def _conv_silu(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Sequen
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.SiLU(inplace=True))
 
 
-class Recurrent(nn.Module):
+class _Recurrent(nn.Module):
     """A speech model: convolution, LSTM, classifier for each frame."""
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class Recurrent(nn.Module):
         return self.out(self.lstm(x)[0])
 
 
-class SharedLayers(nn.Module):
+class _SharedLayers(nn.Module):
     """One block used for every step, as in weight-tied networks."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class SharedLayers(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class TakesDict(nn.Module):
+class _TakesDict(nn.Module):
     """Two inputs by name, one output by name."""
 
     def __init__(self) -> None:
@@ -233,7 +233,7 @@ class TakesDict(nn.Module):
         return {"scores": self.head(self.encoder(self.tokens(tokens) + self.features(features)))}
 
 
-class Translation(nn.Module):
+class _Translation(nn.Module):
     """`nn.Transformer` with a causal mask, between two linear layers."""
 
     def __init__(self) -> None:
@@ -267,10 +267,10 @@ def own_entries() -> list[Entry]:
         }
 
     return [
-        Entry("nn.Transformer", "own", Translation, pair),
-        Entry("LSTM", "own", Recurrent, frames),
-        Entry("U-Net", "own", UNet, partial(images, 64)),
-        Entry("YOLO-style", "own", YoloHead, partial(images, 64)),
-        Entry("shared layers", "own", SharedLayers, partial(images, 32)),
-        Entry("dictionary", "own", TakesDict, named),
+        Entry("nn.Transformer", "own", _Translation, pair),
+        Entry("LSTM", "own", _Recurrent, frames),
+        Entry("U-Net", "own", _UNet, partial(_images, 64)),
+        Entry("YOLO-style", "own", _YoloHead, partial(_images, 64)),
+        Entry("shared layers", "own", _SharedLayers, partial(_images, 32)),
+        Entry("dictionary", "own", _TakesDict, named),
     ]

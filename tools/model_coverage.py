@@ -3,10 +3,11 @@
     python tools/model_coverage.py                       all networks, then docs/model_coverage.md
     python tools/model_coverage.py resnet18 'vit_*'      these alone, to the terminal
 
-Each network has random weights, and batch-norm statistics of random images: otherwise its activations
-would vanish or overflow, and nothing would be tested. The exported file runs in ONNX Runtime with
-optimizations off, next to the fake-quantized model. A random network amplifies one code that rounding
-moved, so the yardstick is the model itself: how far do its outputs move when its input moves by 1e-6?
+Each network has random weights, and batch-norm statistics of random images: otherwise its
+activations would vanish or overflow, and nothing would be tested. The exported file runs in ONNX
+Runtime with optimizations off, next to the fake-quantized model. A random network amplifies one
+code that rounding moved, so the yardstick is the model itself: how far do its outputs move when its
+input moves by 1e-6?
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 import torchvision
@@ -95,7 +95,7 @@ def _cover(entry: Entry, row: Row) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = entry.build()
-    warm_batch_norm(model, [entry.inputs(2, generator) for _ in range(4)])
+    _warm_batch_norm(model, [entry.inputs(2, generator) for _ in range(4)])
     example = entry.inputs(2, generator)
     plan = pq.placement_plan(model, example)
     row.quantizers = dict(Counter(q.op for q in plan.quantizers))
@@ -104,18 +104,18 @@ def _cover(entry: Entry, row: Row) -> None:
     pq.calibrate(model, [entry.inputs(2, generator) for _ in range(2)], progress=False)
     model.eval()
     with torch.no_grad():
-        expected = outputs(model, example)
+        expected = _outputs(model, example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        arguments, names = as_arguments(example)
-        pq.export_onnx(Positional(model, names) if names else model, arguments, path)
+        arguments, names = _as_arguments(example)
+        pq.export_onnx(_Positional(model, names) if names else model, arguments, path)
         findings = [f for f in lint_onnx(path) if f.severity in ("error", "performance")]
-        got = run(path, arguments)
-    row.difference = distance(expected, got)
+        got = _run(path, arguments)
+    row.difference = _distance(expected, got)
     with torch.no_grad():
         for _ in range(MOVES):
-            again = outputs(model, moved(example, generator))
-            row.moved = max(row.moved, distance(expected, again))
+            again = _outputs(model, _moved(example, generator))
+            row.moved = max(row.moved, _distance(expected, again))
             if row.moved >= row.difference:
                 break
     row.findings = len(findings)
@@ -125,10 +125,10 @@ def _cover(entry: Entry, row: Row) -> None:
         first = findings[0]
         row.problem = f"{len(findings)} findings: {first.rule} at {first.node}: {first.message}"
     else:
-        fine_tune(model, example)
+        _fine_tune(model, example)
 
 
-def warm_batch_norm(model: nn.Module, batches: list[Any]) -> None:
+def _warm_batch_norm(model: nn.Module, batches: list[Any]) -> None:
     """Give every batch norm the statistics of the batches."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -141,7 +141,7 @@ def warm_batch_norm(model: nn.Module, batches: list[Any]) -> None:
     model.eval()
 
 
-def fine_tune(model: nn.Module, example: Any) -> None:
+def _fine_tune(model: nn.Module, example: Any) -> None:
     """A few steps of training, in train mode: the recorded calls must still be there."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -152,21 +152,21 @@ def fine_tune(model: nn.Module, example: Any) -> None:
         optimizer.step()
 
 
-def outputs(model: nn.Module, example: Any) -> list[np.ndarray]:
+def _outputs(model: nn.Module, example: Any) -> list[np.ndarray]:
     return [t.numpy() for t in tensors_in(call_model(model, example)) if t.is_floating_point()]
 
 
-def moved(example: Any, generator: torch.Generator) -> Any:
+def _moved(example: Any, generator: torch.Generator) -> Any:
     if isinstance(example, Tensor):
         if not example.is_floating_point():
             return example
         return example + MOVED * (2 * torch.rand(example.shape, generator=generator) - 1)
     if isinstance(example, dict):
-        return {key: moved(value, generator) for key, value in example.items()}
-    return tuple(moved(value, generator) for value in example)
+        return {key: _moved(value, generator) for key, value in example.items()}
+    return tuple(_moved(value, generator) for value in example)
 
 
-def distance(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
+def _distance(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
     """The largest difference of any output, over the largest magnitude of that output."""
     return max(
         float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
@@ -174,7 +174,7 @@ def distance(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
     )
 
 
-class Positional(nn.Module):
+class _Positional(nn.Module):
     """Takes by position what the model takes by name."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
@@ -185,13 +185,13 @@ class Positional(nn.Module):
         return self.model(**dict(zip(self.names, values, strict=True)))
 
 
-def as_arguments(example: Any) -> tuple[tuple[Tensor, ...], list[str]]:
+def _as_arguments(example: Any) -> tuple[tuple[Tensor, ...], list[str]]:
     if isinstance(example, dict):
         return tuple(example.values()), list(example)
     return (example,) if isinstance(example, Tensor) else tuple(example), []
 
 
-def run(path: Path, arguments: tuple[Tensor, ...]) -> list[np.ndarray]:
+def _run(path: Path, arguments: tuple[Tensor, ...]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
@@ -201,51 +201,66 @@ def run(path: Path, arguments: tuple[Tensor, ...]) -> list[np.ndarray]:
     return [y for y in session.run(None, feeds) if y.dtype == np.float32]
 
 
-def page(rows: list[Row], left: list[tuple[str, str]]) -> str:
+_TEXT = """# Model coverage
+
+Every classification, segmentation and detection network of torchvision below 150 million
+parameters, and networks of other shapes, taken through `quantize(model, example_inputs=...)`,
+`calibrate`, `export_onnx`, ONNX Runtime with optimizations off, `lint_onnx`, and ten steps of
+fine-tuning in train mode. Weights are random; batch norms have the statistics of random images.
+
+**{passed} of {count} pass.** {today}, torch {torch}, torchvision {torchvision}, ONNX Runtime
+{onnxruntime}, CPU; `python tools/model_coverage.py`.
+
+*difference*: largest difference between the outputs of the file and of the fake-quantized model,
+over the largest output. *moved*: the same between that model and itself when its input moves by
+1e-6, the largest of up to {moves} moves, ended by one that shows as much as the file; random
+networks amplify one code that rounding moved. A network passes where the difference is at most
+{factor} times that, where the file has no finding of severity error or performance, and where the
+model trains. The other columns count quantizers by what they are for; *float* is what could be
+quantized and is left float by the rules for TensorRT.
+
+{table}
+
+Left out:
+
+{left}
+
+Detectors run from the image to the outputs of their heads, before boxes are decoded; the second
+stage of a two-stage detector sees regions of a fixed grid, because which regions the first stage
+proposes is decided by code that no runtime quantizes.
+"""
+
+
+def _page(rows: list[Row], left: list[tuple[str, str]]) -> str:
     """The table as Markdown."""
     kinds = [k for k, _ in Counter(k for row in rows for k in row.quantizers).most_common()]
-    passed = sum(not row.problem for row in rows)
-    lines = [
-        "# Model coverage",
-        "",
-        "Every classification, segmentation and detection network of torchvision below 150 million",
-        "parameters, and networks of other shapes, taken through `quantize(model, example_inputs=...)`,",
-        "`calibrate`, `export_onnx`, ONNX Runtime with optimizations off, `lint_onnx`, and ten steps of",
-        "fine-tuning in train mode. Weights are random; batch norms have the statistics of random images.",
-        "",
-        f"**{passed} of {len(rows)} pass.** {date.today()}, torch {torch.__version__.split('+')[0]}, torchvision",
-        f"{torchvision.__version__.split('+')[0]}, ONNX Runtime {onnxruntime.__version__}, CPU;"
-        " `python tools/model_coverage.py`.",
-        "",
-        "*difference*: largest difference between the outputs of the file and of the fake-quantized model,",
-        "over the largest output. *moved*: the same between that model and itself when its input moves by",
-        f"1e-6, the largest of up to {MOVES} moves, ended by one that shows as much as the file; random",
-        "networks amplify one code that rounding moved. A network passes where the difference is not above twice that,",
-        "and where the file has no finding of severity error or performance, and the model trains.",
-        "The other columns count quantizers by what they are for; *float* is what could be quantized and is",
-        "left float by the rules for TensorRT.",
-        "",
-        "| network | " + " | ".join(kinds) + " | float | difference | moved | |",
+    table = [
+        f"| network | {' | '.join(kinds)} | float | difference | moved | |",
         "|---" * (len(kinds) + 5) + "|",
     ]
     for row in rows:
         counts = " | ".join(str(row.quantizers.get(kind, "")) for kind in kinds)
-        lines.append(
-            f"| {row.name} | {counts} | {row.left or ''} | {row.difference:.1e} | {row.moved:.1e} | "
-            f"{row.problem.replace('|', '/') or 'pass'} |"
+        outcome = row.problem.replace("|", "/") or "pass"
+        table.append(
+            f"| {row.name} | {counts} | {row.left or ''} | {row.difference:.1e} | "
+            f"{row.moved:.1e} | {outcome} |"
         )
-    lines += ["", "Left out:", ""]
-    lines += [f"- {name}: {reason}" for name, reason in left]
-    lines += [
-        "",
-        "Detectors run from the image to the outputs of their heads, before boxes are decoded; the second",
-        "stage of a two-stage detector sees regions of a fixed grid, because which regions the first stage",
-        "proposes is decided by code that no runtime quantizes.",
-    ]
-    return "\n".join(lines) + "\n"
+    return _TEXT.format(
+        passed=sum(not row.problem for row in rows),
+        count=len(rows),
+        today=date.today(),
+        torch=torch.__version__.split("+")[0],
+        torchvision=torchvision.__version__.split("+")[0],
+        onnxruntime=onnxruntime.__version__,
+        moves=MOVES,
+        factor=FACTOR,
+        table="\n".join(table),
+        left="\n".join(f"- {name}: {reason}" for name, reason in left),
+    )
 
 
 def main() -> int:
+    """Run what was asked for; 1 if a network does not pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or patterns; all by default")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
@@ -267,7 +282,7 @@ def main() -> int:
         if not options.names:
             RESULTS.write_text(json.dumps([asdict(r) for r in rows], indent=1))
     if not options.names:
-        PAGE.write_text(page(rows, left))
+        PAGE.write_text(_page(rows, left))
     return any(row.problem for row in rows)
 
 
