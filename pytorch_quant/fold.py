@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from pytorch_quant.dataflow import Dataflow, record
+from pytorch_quant.example_inputs import inputs_of_kept_form
 from pytorch_quant.fold_pairs import FoldablePair, NotFoldable, find_pairs
+from pytorch_quant.placement.call_sites import QUANTIZERS
 from pytorch_quant.plain_pass import plain_outputs, same_outputs
 
 
@@ -81,7 +83,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
 
     Args:
         model: With quantized or float layers, on any device.
-        example_inputs: A tensor, a mapping of keywords, or a tuple or list of arguments.
+        example_inputs: A tensor, a mapping of keywords, or a tuple or list of arguments. A model
+            that was placed by `quantize` remembers the form of its inputs and needs none.
 
     Returns:
         The pairs, and why the other batch norms stay.
@@ -92,9 +95,12 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any = None) -> FoldReport:
             torch function shows it, or is random in a way that torch's seed does not rule. Nothing
             is changed then.
         TypeError: `example_inputs` is of another type.
-        ValueError: no `example_inputs`; NaN or Inf in a layer or its batch norm, naming it.
+        ValueError: no `example_inputs`, and the model was not placed by `quantize`; NaN or Inf in
+            a layer or its batch norm, naming it.
         Exception: whatever the model raises.
     """
+    if example_inputs is None:
+        example_inputs = inputs_of_kept_form(model)
     if example_inputs is None:
         raise ValueError(
             "fold_batchnorm finds the layer of each batch norm by running the model, and got no "
@@ -196,7 +202,9 @@ class _Change:
             layer.register_parameter("bias", nn.Parameter(self.bias, like.requires_grad))
         else:
             layer.bias.copy_(self.bias)
-        identity = nn.Identity()
+        # A quantizer of the result stays where it is.
+        held = list(norm._modules.get(QUANTIZERS, {}).values())
+        identity = held[0] if len(held) == 1 else nn.Identity()
         identity.training = norm.training
         for parent, key in self.places:
             parent._modules[key] = identity

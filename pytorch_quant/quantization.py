@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pytorch_quant.dataflow import record
+from pytorch_quant.example_inputs import keep_form
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.placement.apply import apply_plan
 from pytorch_quant.placement.plan import Plan
@@ -74,7 +75,11 @@ def quantize(
             stacklevel=2,
         )
         return model
-    return apply_plan(model, _plan(model, example_inputs, rules, placement))
+    plan = _plan(model, example_inputs, rules, placement)
+    apply_plan(model, plan)
+    if example_inputs is not None:
+        keep_form(model, example_inputs)
+    return model
 
 
 def placement_plan(

@@ -34,6 +34,7 @@ LAYERS = [
     ("quant_modules", 4),
     ("dataflow", 4),
     ("op_kinds", 4),
+    ("example_inputs", 4),
     ("plain_pass", 4),
     ("placement", 4),
     ("quantization", 4),

@@ -71,7 +71,7 @@ class LeftFloat:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `quantize` is about to do.
+    """All that `quantize` is about to do; `print` it for a table.
 
     Attributes:
         placement: The runtime it is meant for.
@@ -89,3 +89,8 @@ class Plan:
     left: list[LeftFloat] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     framed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from pytorch_quant.placement.table import plan_table
+
+        return plan_table(self)
