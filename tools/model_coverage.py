@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -89,6 +90,12 @@ def cover(entry: Entry) -> Row:
         traceback.print_exc()
     row.seconds = time.perf_counter() - started
     return row
+
+
+def _cover_by_name(name: str) -> Row:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return cover(next(e for e in own_entries() + torchvision_entries()[0] if e.name == name))
 
 
 def _cover(entry: Entry, row: Row) -> None:
@@ -263,6 +270,7 @@ def main() -> int:
     """Run what was asked for; 1 if a network does not pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or patterns; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -273,14 +281,17 @@ def main() -> int:
     done: dict[str, Row] = {}
     if options.resume and RESULTS.exists():
         done = {r["name"]: Row(**r) for r in json.loads(RESULTS.read_text()) if not r["problem"]}
-    rows = []
-    for entry in tqdm(entries, desc="networks"):
-        row = done.get(entry.name) or cover(entry)
-        rows.append(row)
-        gc.collect()
-        print(f"{row.name:40} {row.seconds:6.1f} s  {row.problem or 'pass'}", flush=True)
-        if not options.names:
-            RESULTS.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    waiting = [entry for entry in entries if entry.name not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=8) as pool:
+        running = [pool.submit(_cover_by_name, entry.name) for entry in waiting]
+        for ended in tqdm(as_completed(running), desc="networks", total=len(running)):
+            row = ended.result()
+            done[row.name] = row
+            print(f"{row.name:40} {row.seconds:6.1f} s  {row.problem or 'pass'}", flush=True)
+            if not options.names:
+                RESULTS.write_text(json.dumps([asdict(r) for r in done.values()], indent=1))
+    rows = [done[entry.name] for entry in entries]
     if not options.names:
         PAGE.write_text(_page(rows, left))
     return any(row.problem for row in rows)

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward, call_model
 from pytorch_quant.formats import IntFormat
 from pytorch_quant.improve.layers import (
+    check_alike,
     check_calibrated,
     chosen_layers,
     repeatable,
+    several_processes,
     weighted_layers,
 )
+from pytorch_quant.improve.originals import original, original_parameters, remember
 from pytorch_quant.improve.rounding import (
     LayerRounding,
     Rest,
@@ -34,6 +38,7 @@ from pytorch_quant.improve.rounding import (
     wide_dtype,
 )
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
+from pytorch_quant.ptq.sync import agreeing
 
 __all__ = ["LayerRounding", "RoundingReport", "adaround"]
 
@@ -55,6 +60,7 @@ def adaround(
     forward: Forward | None = None,
     progress: bool = True,
     seed: int = 0,
+    sync: bool = True,
 ) -> RoundingReport:
     """Change the weights of `model`, in place, to codes that are learned from its outputs.
 
@@ -68,7 +74,8 @@ def adaround(
     that quantizer is marked `fixed`: later calls of `calibrate` and `compute_amax` leave its amax.
     Copies and pickles keep the mark, a state_dict does not: it holds weights and amax, which give
     the same codes in the model it is loaded into until that is calibrated again. The float weights
-    are lost; keep a copy to try other settings. Where learning does not lower the error on the
+    stay beside the layers, in main memory, so that `bias_correction` can measure against them; to
+    try other settings, keep a copy of the model. Where learning does not lower the error on the
     samples, the layer is left as it was.
 
     All or nothing: if an error is raised, or the run is interrupted, no weight has changed. Modes,
@@ -77,6 +84,9 @@ def adaround(
     Every batch is run once, and then twice for each layer (float and quantized) up to that layer,
     which bounds the memory to the samples of one layer; besides, a copy of the learned weights is
     kept. Half precision is learned in float32.
+
+    In a torch.distributed process group every process calls this. The first one learns from its
+    batches, those of the others are not used, and all get its weights layer by layer.
 
     Args:
         model: Quantized and calibrated.
@@ -96,6 +106,7 @@ def adaround(
         progress: Show a progress bar.
         seed: Decides which rows are drawn. It also stands in for the global random state in the
             meantime, so that a loader that shuffles does not make two runs differ.
+        sync: Take the weights of the first process of the group; if false, each learns its own.
 
     Returns:
         A row for each layer, and the layers that were skipped with the reason.
@@ -103,23 +114,24 @@ def adaround(
     Raises:
         RuntimeError: quantizers that are not calibrated, naming them; a layer that sees inputs of
             other shapes in the quantized than in the float model, or that only the first pass
-            over the batches reaches; or a batch on another device than the model.
-        TypeError: `batches` is a tensor or can be run through only once, or a batch is of a type
-            that cannot be passed on.
-        ValueError: no batches, no quantized layers, an unknown name in `layers`, or an argument
-            that is out of range.
+            over the batches reaches; a batch on another device than the model; or an error of
+            another process.
+        TypeError: `batches` is a tensor, no iterable or can be run through only once, or a batch
+            is of a type that cannot be passed on.
+        ValueError: no batches, no quantized layers, an unknown name in `layers`, an argument that
+            is out of range, processes whose layers differ, or weights sharded over processes.
     """
-    schedule = Schedule(iterations, batch_size, learning_rate, warm_up, beta, regularization)
-    check_count("samples", samples)
-    if isinstance(batches, Tensor):
-        raise TypeError(
-            f"batches is one tensor of shape {tuple(batches.shape)}; pass an iterable of batches, "
-            "such as [tensor]"
-        )
-    batches = repeatable(batches, "adaround")
-    chosen = chosen_layers(weighted_layers(model), layers)
-    check_calibrated(model, "adaround")
-    skipped = {name: why for name, layer in chosen.items() if (why := _obstacle(model, layer))}
+    together = several_processes(model, sync, "adaround")
+    learns = not together or distributed.rank() == 0
+    with agreeing(together):
+        schedule = Schedule(iterations, batch_size, learning_rate, warm_up, beta, regularization)
+        check_count("samples", samples)
+        batches = repeatable(batches, "adaround")
+        chosen = chosen_layers(weighted_layers(model), layers)
+        check_calibrated(model, "adaround")
+        skipped = {name: why for name, layer in chosen.items() if (why := _obstacle(model, layer))}
+    if together:
+        check_alike({name: layer for name, layer in chosen.items() if name not in skipped})
     wanted = {name: layer for name, layer in chosen.items() if name not in skipped}
     rows = []
     # Not inference mode, whose tensors no gradient can pass.
@@ -128,29 +140,45 @@ def adaround(
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         preserved_modes(model),
+        distributed.buffers_stay(model, agree=together),
     ):
         torch.default_generator.manual_seed(seed)
         model.eval()
         for quantizer in named_quantizers(model).values():
             quantizer.disable_calib()
         run = _Runs(model, batches, forward or call_model)
-        order = run.survey(wanted)
+        with agreeing(together) as stage:
+            stage.value = run.survey(wanted) if learns else []
+        order = stage.values[0]
         skipped |= {n: "the batches do not reach it" for n in wanted if n not in order}
-        with tqdm(total=len(order) * iterations, desc="adaround", disable=not progress) as bar:
+        with tqdm(
+            total=len(order) * iterations, desc="adaround", disable=not (progress and learns)
+        ) as bar:
             for name in order:
                 bar.set_postfix_str(name)
-                generator = torch.Generator().manual_seed(seed)
                 layer = wanted[name]
-                seen = run.samples(name, layer, samples, generator)
-                row, values = learn_layer(name, layer, seen, schedule, generator, bar.update)
+                with agreeing(together) as stage:
+                    if learns:
+                        generator = torch.Generator().manual_seed(seed)
+                        seen = run.samples(name, layer, samples, generator)
+                        learned = learn_layer(name, layer, seen, schedule, generator, bar.update)
+                        stage.value = _sendable(learned) if together else learned
+                row, values = stage.values[0]
                 rows.append(row)
                 if values is not None:
-                    run.rounded[layer] = values
+                    run.rounded[layer] = values.to(layer.weight.device)
         # Only now: what was raised before has changed nothing.
         for layer, values in run.rounded.items():
+            before = original(layer, "weight")
             layer.weight.copy_(values)
             layer._weight_quantizer._fixed = True
+            remember(layer, "weight", before)
     return RoundingReport(rows, {name: skipped[name] for name in chosen if name in skipped})
+
+
+def _sendable(learned: tuple[LayerRounding, Tensor | None]) -> tuple[LayerRounding, Tensor | None]:
+    row, values = learned
+    return row, None if values is None else values.cpu()
 
 
 class _Reached(BaseException):
@@ -284,7 +312,7 @@ class _Runs:
 
     @contextmanager
     def _float(self) -> Iterator[None]:
-        with preserved_modes(self.model):
+        with preserved_modes(self.model), original_parameters(self.model):
             for quantizer in self.quantizers:
                 quantizer.disable()
             yield

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward
 from pytorch_quant.improve.layers import (
+    check_alike,
     check_calibrated,
+    no_inference_mode,
     repeatable,
     run_batches,
+    several_processes,
     weighted_layers,
 )
+from pytorch_quant.improve.originals import original, original_parameters, remember
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.ptq.sync import agreeing
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,14 @@ class BiasCorrectionReport:
         return "\n".join(lines)
 
 
+@no_inference_mode()
 def bias_correction(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     forward: Forward | None = None,
     progress: bool = True,
+    sync: bool = True,
 ) -> BiasCorrectionReport:
     """Correct the biases of a calibrated `model`, in place, for the mean error of quantization.
 
@@ -79,6 +87,16 @@ def bias_correction(
     is the correction of layer after layer; the estimates of several batches converge to it, and
     large batches serve better than many.
 
+    The float means are those of the original model: with the biases before an earlier correction
+    and the weights before `adaround`. Called again, it changes what is left of the error, or what a
+    new calibration has brought. What it takes for that is kept beside the layers, also in copies
+    and pickles, but not in a state_dict: a model that was loaded from one is its own original, and
+    so is a parameter that was trained or loaded since. Correct such a model once.
+
+    In a torch.distributed process group every process calls this with its share of the batches, and
+    all get the same biases, from the means over all batches. An error of one process is raised in
+    the others, too.
+
     A layer without a bias gets one: a parameter in the dtype and on the device of the weight,
     trained if the weight is. The key `bias` is then in the state_dict of the layer, and a model
     that loads it has to be built with `bias=True`, or corrected the same way first. Layers whose
@@ -89,20 +107,27 @@ def bias_correction(
         batches: As in `calibrate`. Both passes must see the same inputs, in any order.
         forward: `forward(model, batch)` runs one batch instead of the rule of `calibrate`.
         progress: Show progress bars.
+        sync: Correct together with all processes of the group; if false, each one by itself.
 
     Returns:
         The shift of each layer. Print it for a table.
 
     Raises:
         RuntimeError: uncalibrated quantizers, naming them; a mean that is NaN or infinite, naming
-            the layer. The model is as it was.
-        TypeError: `batches` is an iterator, which only lasts for one pass.
-        ValueError: no quantized layers, or no batches.
+            the layer; an error of another process. The model is as it was.
+        TypeError: `batches` is a tensor or no iterable, or an iterator, which only lasts for one
+            pass.
+        ValueError: no quantized layers, no batches, processes whose layers differ, or weights that
+            are sharded over processes.
     """
-    layers = weighted_layers(model)
-    repeatable(batches, "bias_correction")
-    check_calibrated(model, "bias_correction")
-    skipped = _unfit(model, layers)
+    together = several_processes(model, sync, "bias_correction")
+    with agreeing(together):
+        layers = weighted_layers(model)
+        repeatable(batches, "bias_correction")
+        check_calibrated(model, "bias_correction")
+        skipped = _unfit(model, layers)
+    if together:
+        check_alike({name: layer for name, layer in layers.items() if name not in skipped})
     means = {name: _Means(layer) for name, layer in layers.items() if name not in skipped}
 
     def run(quantized: bool) -> None:
@@ -121,19 +146,25 @@ def bias_correction(
                 quantized=quantized,
                 forward=forward,
                 progress=progress,
+                together=together,
             )
         finally:
             for handle in handles:
                 handle.remove()
 
-    run(quantized=False)
+    with original_parameters(model):
+        run(quantized=False)
     run(quantized=True)
+    totals = {name: mean.totals() for name, mean in means.items()}
+    if together:
+        distributed.all_reduce(list(totals.values()), "sum")
     shifts = {}
-    for name, mean in means.items():
-        if not (mean.float_count and mean.quantized_count):
+    for name, total in totals.items():
+        if not bool(total[:, -1].all()):
             skipped[name] = "no batch reached it"
             continue
-        shift = mean.shift()
+        real, quantized = total[:, :-1] / total[:, -1:]
+        shift = quantized - real
         if not bool(shift.isfinite().all()):
             raise RuntimeError(
                 f"{name}: the mean of its output is NaN or infinite; find the batch that overflows"
@@ -154,8 +185,10 @@ class _Means:
     def __init__(self, layer: Any) -> None:
         # The channel axis counted from the end: batched and unbatched outputs have the same.
         self._axis = 1 - layer.weight.dim() if layer.weight.dim() > 2 else -1
-        self._float_sum: Any = 0.0
-        self._quantized_sum: Any = 0.0
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        self._zeros = torch.zeros(channels, dtype=torch.float64, device=layer.weight.device)
+        self._float_sum = self._zeros
+        self._quantized_sum = self._zeros
         self.float_count = 0
         self.quantized_count = 0
 
@@ -174,11 +207,16 @@ class _Means:
             return output
         shape = [1] * output.dim()
         shape[self._axis] = -1
-        return (output - self.shift().reshape(shape)).to(output.dtype)
+        # Of this process alone, whose float pass has seen the same inputs.
+        real = self._float_sum / self.float_count
+        shift = self._quantized_sum / self.quantized_count - real
+        return (output - shift.reshape(shape)).to(output.dtype)
 
-    def shift(self) -> Tensor:
-        """E[y_quantized] - E[y_float], shape `(K,)`."""
-        return self._quantized_sum / self.quantized_count - self._float_sum / self.float_count
+    def totals(self) -> Tensor:
+        """`(2, K + 1)`: sums over the float and the quantized pass, with the count behind them."""
+        sums = torch.stack([self._float_sum, self._quantized_sum])
+        counts = sums.new_tensor([[self.float_count], [self.quantized_count]])
+        return torch.cat([sums, counts], 1)
 
     def _sum(self, output: Tensor) -> tuple[Tensor, int]:
         others = [d for d in range(output.dim()) if d != output.dim() + self._axis]
@@ -212,6 +250,7 @@ def _subtract(shifts: dict[Any, Tensor]) -> None:
     before: dict[Any, Tensor | None] = {
         layer: None if layer.bias is None else layer.bias.detach().clone() for layer in shifts
     }
+    originals = {layer: original(layer, "bias") for layer in shifts}
     try:
         with torch.no_grad():
             for layer, shift in shifts.items():
@@ -220,6 +259,8 @@ def _subtract(shifts: dict[Any, Tensor]) -> None:
                 else:
                     bias = (-shift).to(layer.weight.device, layer.weight.dtype)
                     layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        for layer, value in originals.items():
+            remember(layer, "bias", value)
     except BaseException:
         with torch.no_grad():
             for layer, kept in before.items():

@@ -16,6 +16,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pytorch_quant.dataflow import record
 from pytorch_quant.improve.layer_pairs import LayerPair, find_pairs
+from pytorch_quant.improve.layers import no_inference_mode
+from pytorch_quant.improve.originals import original, remember, remembers
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.plain_pass import plain_outputs, same_outputs
@@ -73,6 +75,7 @@ class EqualizationReport:
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
+@no_inference_mode()
 def equalize_weights(
     model: nn.Module, example_inputs: Any, *, iterations: int = 20, tolerance: float = 0.01
 ) -> EqualizationReport:
@@ -148,7 +151,17 @@ def equalize_weights(
         for tensor, new in solver.scaled(name)
     }
     ranges = _new_ranges(model, changed)
+    biases = {
+        name: original(layers[name], "bias")
+        for name in solver.out_scale
+        if remembers(layers[name], "bias")
+    }
     _replace(model, example_inputs, changed)
+    for name, bias in biases.items():
+        if bias is not None:
+            scale = solver.out_scale[name].flatten().cpu()
+            bias = (bias.double() * scale).to(bias.dtype)
+        remember(layers[name], "bias", bias)
     for quantizer, amax in ranges.items():
         quantizer._store_amax(amax)
         if quantizer.calibrator is not None:

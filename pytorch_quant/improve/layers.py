@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import filter as matching
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward, call_model, count
 from pytorch_quant.nn.mixins import QuantWeightMixin
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
+from pytorch_quant.ptq.sync import agreeing, check_same
 
 
 def weighted_layers(model: nn.Module) -> dict[str, Any]:
@@ -75,14 +78,58 @@ def repeatable(batches: Iterable[Any], who: str) -> Iterable[Any]:
     """`batches`, once it is sure that it can be run through more than once.
 
     Raises:
-        TypeError: it is an iterator, which is empty after one pass.
+        TypeError: it is an iterator, which is empty after one pass; a tensor, a mapping or a text,
+            which is one batch or none; or nothing that can be run through.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TypeError(
             f"{who} runs through the batches more than once, and got a "
             f"{type(batches).__name__}, which is empty after one pass; pass a list or a loader"
         )
+    one_batch = isinstance(batches, (Tensor, Mapping, str, bytes))
+    if one_batch or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        got = repr(batches)
+        if isinstance(batches, Tensor):
+            got = f"one tensor of shape {tuple(batches.shape)}"
+        elif one_batch or len(got) > 60:
+            got = f"a {type(batches).__name__}"
+        raise TypeError(
+            f"{who}: batches is {got}; pass an iterable of batches, such as [tensor], a list or a "
+            "loader"
+        )
     return batches
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Leave inference mode, whose tensors no gradient can pass later; gradients stay on or off."""
+    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
+
+
+def several_processes(model: nn.Module, sync: bool, who: str) -> bool:
+    """Whether the processes of a group work on `model` together.
+
+    Raises:
+        TypeError: the model is wrapped in FullyShardedDataParallel.
+        ValueError: its weights are sharded over processes.
+    """
+    if distributed.forward_communicates(model):
+        raise ValueError(
+            f"{who} cannot change weights that are sharded over processes; call it before "
+            "fully_shard"
+        )
+    return sync and distributed.world_size() > 1
+
+
+def check_alike(layers: dict[str, Any], **arguments: Any) -> None:
+    """Refuse processes that work on different layers; collective.
+
+    Raises:
+        ValueError: naming the first layer or argument that differs, and two ranks.
+    """
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    check_same(distributed.gather_objects(arguments | shapes))
 
 
 def run_batches(
@@ -93,6 +140,7 @@ def run_batches(
     quantized: bool,
     forward: Forward | None,
     progress: bool,
+    together: bool = False,
 ) -> None:
     """Run every batch in eval mode and without gradients; every mode comes back.
 
@@ -104,13 +152,21 @@ def run_batches(
             quantizer collects statistics.
         forward: `forward(model, batch)` runs one batch instead of the usual rule.
         progress: Show a progress bar.
+        together: Every process runs its share of the batches, one or more have any.
 
     Raises:
+        RuntimeError: another process failed, naming its rank and its error.
         ValueError: there are no batches.
     """
-    seen = 0
+    progress = progress and not (together and distributed.rank())
     # Not inference mode: a model may keep tensors that it makes in its first forward pass.
-    with preserved_modes(model), torch.no_grad():
+    with (
+        preserved_modes(model),
+        distributed.buffers_stay(model, agree=together),
+        torch.no_grad(),
+        agreeing(together) as stage,
+    ):
+        stage.value = 0
         model.eval()
         for quantizer in named_quantizers(model).values():
             quantizer.disable_calib()
@@ -119,6 +175,6 @@ def run_batches(
                 quantizer.disable_clip()
         for batch in tqdm(batches, desc=description, total=count(batches), disable=not progress):
             (forward or call_model)(model, batch)
-            seen += 1
-    if not seen:
+            stage.value += 1
+    if not any(stage.values):
         raise ValueError(f"{description}: no batches to run; the loader is empty")

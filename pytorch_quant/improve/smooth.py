@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
+from pytorch_quant import distributed
 from pytorch_quant.batches import Forward
 from pytorch_quant.improve.layers import (
+    check_alike,
     chosen_layers,
+    no_inference_mode,
     repeatable,
     run_batches,
+    several_processes,
     weighted_layers,
 )
 from pytorch_quant.improve.smoothing import (
@@ -27,6 +32,7 @@ from pytorch_quant.improve.smoothing import (
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq import calibrate
+from pytorch_quant.ptq.sync import agreeing
 
 _ALPHAS = tuple(i / 20 for i in range(21))
 
@@ -73,6 +79,7 @@ class SmoothingReport:
         return "\n".join(lines)
 
 
+@no_inference_mode()
 def smooth_quant(
     model: nn.Module,
     batches: Iterable[Any],
@@ -82,6 +89,7 @@ def smooth_quant(
     forward: Forward | None = None,
     progress: bool = True,
     layers: str | Iterable[str] | None = None,
+    sync: bool = True,
     **options: Any,
 ) -> SmoothingReport:
     """Smooth and calibrate `model`, in place: outliers move from activations into weights.
@@ -100,8 +108,13 @@ def smooth_quant(
     error of the layer's output, and a layer for which none beats no smoothing stays as it is. A
     second pass calibrates the whole model.
 
-    Layers are skipped where the input is not quantized per tensor, its range is fixed or learned,
-    or its quantizer or the weight is shared; the report says why.
+    Layers are skipped where the input is not quantized per tensor, the range of the input or of the
+    weight is fixed (as `adaround` leaves it: smooth before) or learned, or the input quantizer or
+    the weight is shared; the report says why.
+
+    In a torch.distributed process group every process calls this with its share of the batches, and
+    all get the same weights: maxima are those of all batches, and errors are summed over the
+    samples of all processes. An error of one process is raised in the others, too.
 
     Args:
         model: Holds quantized convolutions or linear layers.
@@ -112,6 +125,8 @@ def smooth_quant(
         forward: `forward(model, batch)` runs one batch instead of the rule of `calibrate`.
         progress: Show progress bars.
         layers: Names or glob patterns (`*` crosses dots) of the layers to smooth; all by default.
+        sync: Smooth and calibrate together with all processes of the group; if false, each one by
+            itself.
         **options: Options of `calibrate`: of the method, or `weight_method`.
 
     Returns:
@@ -119,19 +134,26 @@ def smooth_quant(
 
     Raises:
         CalibrationError: NaN or Inf, or a negative value at an unsigned quantizer.
-        RuntimeError: a batch on another device than the model.
-        TypeError: `batches` is an iterator, which only lasts for one pass; `layers` is one string;
-            unknown options.
+        RuntimeError: a batch on another device than the model, or an error of another process.
+        TypeError: `batches` is a tensor or no iterable, or an iterator, which only lasts for one
+            pass; unknown options.
         ValueError: no quantized layers, no batches, an alpha outside 0 to 1, an unknown name in
-            `layers`, or an unknown method. After any error the model is as it was.
+            `layers`, an unknown method, processes whose layers or arguments differ, or weights
+            that are sharded over processes. After any error the model is as it was.
     """
-    found = chosen_layers(weighted_layers(model), layers)
-    repeatable(batches, "smooth_quant")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie from 0 to 1, got {alpha}; None searches it")
-    if "accumulate" in options:
-        raise TypeError("smooth_quant has no option 'accumulate': inputs change by smoothing")
-    skipped = _unfit(model, found)
+    together = several_processes(model, sync, "smooth_quant")
+    with agreeing(together):
+        found = chosen_layers(weighted_layers(model), layers)
+        repeatable(batches, "smooth_quant")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie from 0 to 1, got {alpha}; None searches it")
+        if "accumulate" in options:
+            raise TypeError("smooth_quant has no option 'accumulate': inputs change by smoothing")
+        skipped = _unfit(model, found)
+    if together:
+        wanted = {name: layer for name, layer in found.items() if name not in skipped}
+        check_alike(wanted, alpha=alpha, method=method, **options)
+    progress = progress and not (together and distributed.rank())
     inputs = {n: InputSample(n, layer) for n, layer in found.items() if n not in skipped}
     handles = []
     try:
@@ -144,25 +166,45 @@ def smooth_quant(
             quantized=False,
             forward=forward,
             progress=progress,
+            together=together,
         )
     finally:
         for handle in handles:
             handle.remove()
+    if together:
+        _unite_maxima(inputs, found)
     skipped |= {n: "no batch reached it" for n, seen in inputs.items() if seen.maxima is None}
     rows, scales = [], {}
     candidates = _ALPHAS if alpha is None else (alpha,)
     reached = [n for n in inputs if n not in skipped]
     for name in tqdm(reached, desc="smooth_quant (alpha)", disable=not progress):
         trials = Trials(name, found[name], inputs.pop(name), method, options)
-        best, before, after = trials.search(candidates, must_smooth=alpha is not None)
+        best, before, after = trials.search(
+            candidates, must_smooth=alpha is not None, together=together
+        )
         rows.append(SmoothedLayer(name, best, before, after))
         if best is not None:
             scales[name] = trials.scale(best)
+    if together:
+        # Unlike machines may round differently.
+        distributed.broadcast(list(scales.values()), 0)
     with _restored_on_failure(model, [found[name] for name in scales]):
         for name, scale in scales.items():
             apply_smoothing(found[name], scale)
-        calibrate(model, batches, method, forward=forward, progress=progress, **options)
+        calibrate(model, batches, method, forward=forward, progress=progress, sync=sync, **options)
     return SmoothingReport(rows, {name: skipped[name] for name in found if name in skipped})
+
+
+def _unite_maxima(inputs: dict[str, InputSample], layers: dict[str, Any]) -> None:
+    """Give every process the maxima of all of them."""
+    maxima = {}
+    for name, seen in inputs.items():
+        layer = layers[name]
+        unseen = torch.full((channel_shape(layer)[0],), -1.0, device=layer.weight.device)
+        maxima[name] = unseen if seen.maxima is None else seen.maxima.float().contiguous()
+    distributed.all_reduce(list(maxima.values()), "max")
+    for name, united in maxima.items():
+        inputs[name].maxima = None if bool((united < 0).any()) else united
 
 
 def _unfit(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
@@ -177,6 +219,8 @@ def _unfit(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
             reason = "its weight is computed, not a parameter"
         if reason is None and parameters[id(layer.weight)] > 1:
             reason = "its weight is shared"
+        if reason is None:
+            reason = _unfit_weight(layer._weight_quantizer)
         if reason is not None:
             reasons[name] = reason
     return reasons
@@ -196,6 +240,16 @@ def _unfit_input(layer: Any, quantizer: Any) -> str | None:
         per_channel = present.shape[-len(shape) :] == shape and present.numel() == shape[0]
         if not per_channel:
             return f"its pre_quant_scale of shape {tuple(present.shape)} is not per channel"
+    return None
+
+
+def _unfit_weight(quantizer: TensorQuantizer) -> str | None:
+    if quantizer.disabled:
+        return None
+    if quantizer.fixed:
+        return "the amax of its weight is fixed, as after adaround; smooth before"
+    if quantizer._learn_amax:
+        return "the range of its weight is learned; smooth before training"
     return None
 
 

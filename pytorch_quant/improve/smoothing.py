@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from pytorch_quant.calib import CalibrationError
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 from pytorch_quant.ptq import calibrate
+from pytorch_quant.ptq.sync import agreeing
 
 # Far beyond what a working network needs, and harmless in float16.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 2.0**14
@@ -127,20 +128,36 @@ class Trials:
 
     @torch.no_grad()
     def search(
-        self, alphas: Iterable[float], must_smooth: bool
+        self, alphas: Iterable[float], must_smooth: bool, together: bool = False
     ) -> tuple[float | None, float, float]:
-        """Try every alpha on the sample.
+        """Try every alpha on the sample, or on those of all processes.
 
         Args:
             alphas: What to try.
             must_smooth: No smoothing is not among the candidates.
+            together: Sum the errors over all processes.
 
         Returns:
             The best alpha, or None for no smoothing, and the SQNR in dB without and with it.
 
         Raises:
             CalibrationError: the layer's values cannot be calibrated on, naming the layer.
+            RuntimeError: an error of another process.
         """
+        alphas = list(alphas)
+        with agreeing(together) as stage:
+            stage.value = self._powers(alphas)
+        power, before, *noises = map(sum, zip(*stage.values, strict=True))
+        least, best = min(zip(noises, alphas, strict=True))
+        if least == math.inf or (before <= least and not must_smooth):
+            return None, _decibel(power, before), _decibel(power, before)
+        return best, _decibel(power, before), _decibel(power, least)
+
+    def _powers(self, alphas: list[float]) -> list[float]:
+        """Power of the output, of its error without smoothing, and with each alpha."""
+        if not self._sample.numel():
+            # No batch of this process has reached the layer.
+            return [0.0] * (2 + len(alphas))
         twin = self._twin
         quantizers = named_quantizers(twin).values()
         with preserved_modes(twin):
@@ -154,10 +171,7 @@ class Trials:
             quantizer.disable_calib()
         power = float(exact.square().sum())
         before = self._noise(exact, torch.ones_like(self.scale(0.5)))
-        least, best = min((self._noise(exact, self.scale(alpha)), alpha) for alpha in alphas)
-        if least == math.inf or (before <= least and not must_smooth):
-            return None, _decibel(power, before), _decibel(power, before)
-        return best, _decibel(power, before), _decibel(power, least)
+        return [power, before, *(self._noise(exact, self.scale(alpha)) for alpha in alphas)]
 
     def _noise(self, exact: Tensor, scale: Tensor) -> float:
         """Power of the output error with this smoothing; infinite where a value overflows."""
@@ -176,6 +190,7 @@ class Trials:
                 self._method,
                 forward=_show_input,
                 progress=False,
+                sync=False,
                 **self._options,
             )
         except CalibrationError as error:
