@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -21,7 +23,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     and is dropped.
 
     Raises:
-        TypeError: a batch of another type.
+        TypeError: a batch of another type, or a model that fails on the NumPy arrays in it.
         RuntimeError: a tensor of the batch is on another device than the model.
     """
     args: list[Any]
@@ -37,15 +39,33 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         drops_target = len(batch) == 2 and _required_arguments(model) == 1
         args, kwargs = list(batch[:1] if drops_target else batch), {}
     else:
+        advice = "pass forward=lambda model, batch: ... for anything else"
+        if isinstance(batch, np.ndarray):
+            advice = "convert it with torch.from_numpy"
         raise TypeError(
             f"a batch is a tensor, a mapping of keywords, or a tuple or list of arguments, got "
-            f"{type(batch).__name__}; pass forward=lambda model, batch: ... for anything else"
+            f"{type(batch).__name__}; {advice}"
         )
-    _check_device(model, [*args, *kwargs.values()])
-    return model(*args, **kwargs)
+    values = [*args, *kwargs.values()]
+    _check_device(model, values)
+    try:
+        return model(*args, **kwargs)
+    except (AttributeError, TypeError) as error:
+        # Not before: a model may take arrays.
+        arrays = sum(isinstance(value, np.ndarray) for value in values)
+        if not arrays:
+            raise
+        raise TypeError(
+            f"the model failed on a batch with {arrays} NumPy array(s) among its arguments "
+            f"({error}); convert them with torch.from_numpy"
+        ) from error
 
 
 def _required_arguments(model: nn.Module) -> int | None:
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        # torch.compile shows a signature that accepts anything.
+        return _required_arguments(compiled)
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -76,8 +96,39 @@ def count(batches: Any) -> int | None:
     """The number of batches where it is known, for progress bars."""
     try:
         return len(batches)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
+
+
+def each(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, without a length that a progress bar would ask for."""
+    yield from batches
+
+
+def copied(value: Any) -> Any:
+    """A batch or arguments with tensors of their own, in containers of the same types.
+
+    Containers that cannot be made again, and what is neither, stay the same objects.
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        try:
+            made = copy.copy(value)
+            for key, item in value.items():
+                made[key] = copied(item)
+        except Exception:
+            # A mapping of the user's own may refuse either; the model may still read it.
+            return value
+        return made
+    if type(value) in (list, tuple):
+        return type(value)(copied(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if isinstance(value, PackedSequence):
+            # Its constructor checks and sorts.
+            return value._replace(data=value.data.clone())
+        return value._make(copied(item) for item in value)  # type: ignore[attr-defined]
+    return value
 
 
 def tensors_in(item: Any) -> Iterator[Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pytorch_quant.axes import Axis, canonical_axis
+from pytorch_quant.calib.faults import earliest_fault, noted
 from pytorch_quant.calib.histogram import bad_values
 from pytorch_quant.calib.maxima import MOMENTUM, Maxima
 from pytorch_quant.calib.observation import Observation, observe
@@ -22,7 +25,8 @@ class Calibrator:
 
     On the CPU bad values raise at once. On an accelerator that would stop the device for every
     batch: there the first bad batch and all later ones are left out, and `compute_amax` raises,
-    once; asked again, it answers from the batches before.
+    once; asked again, it answers from the batches before. See `pytorch_quant.calib.faults` for
+    calibrators that collect together.
 
     Args:
         num_bits: Integer width 2 to 16, or a floating-point pair such as `(4, 3)`.
@@ -58,7 +62,7 @@ class Calibrator:
         *,
         momentum: float = MOMENTUM,
     ) -> None:
-        self.momentum = momentum
+        self.momentum = self._made_momentum = momentum
         self._set_target(num_bits, axis, unsigned)
         self.reset()
 
@@ -88,8 +92,32 @@ class Calibrator:
         self._maxima: Maxima | None = None
         # The method that `best` chose for this quantizer.
         self.best: str | None = None
-        # Of the first bad batch on an accelerator: finite, least value, number of the batch.
+        # Of the first bad batch on an accelerator; see pytorch_quant.calib.faults.
         self._fault: Tensor | None = None
+        # What all processes hold alike; see pytorch_quant.ptq.sync.
+        self._united: Any = None
+
+    def fresh(self) -> Calibrator:
+        """Another one with the settings it was made with, and without statistics."""
+        made = copy.copy(self)
+        made.momentum = getattr(self, "_made_momentum", self.momentum)
+        made.reset()
+        return made
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that brings back the statistics of this moment; no tensor is copied.
+
+        Collecting replaces tensors and never writes to them, so references are enough. A subclass
+        that writes to what it holds has to extend this.
+        """
+        parts = (self, self._maxima, getattr(self, "histogram", None))
+        held = [(part, dict(vars(part))) for part in parts if part is not None]
+
+        def restore() -> None:
+            for part, fields in held:
+                part.__dict__ = dict(fields)
+
+        return restore
 
     def collect(self, x: Tensor) -> None:
         """Add a batch of values to the statistics. An empty tensor adds nothing.
@@ -196,27 +224,16 @@ class Calibrator:
         least = observation.least if self._unsigned else torch.zeros_like(observation.least)
         if x.device.type in self._host_types:
             if not finite:
-                bad = x.numel() - int(x.isfinite().sum())
+                # As float32, beyond whose range a float64 lies that is finite itself.
+                bad = x.numel() - int(x.float().isfinite().sum())
                 raise bad_values(False, f"in {bad} of {x.numel()} values")
             if least < 0:
                 raise bad_values(True, f"with minimum {float(least):.6g}")
             return None
-        fault = torch.stack([finite.float(), least, torch.full_like(least, self._batches)])
-        if self._fault is not None:
-            fault = torch.where(_is_good(self._fault), fault, self._fault)
-        self._fault = fault
-        return _is_good(fault)
+        self._fault, valid = noted(self._fault, finite, least, self._batches)
+        return valid
 
     def _raise_deferred(self) -> None:
         """Raise for a bad batch that was met on an accelerator, once."""
-        fault, self._fault = self._fault, None
-        if fault is not None and not _is_good(fault):
-            finite, least, batch = fault.tolist()
-            where = f"with minimum {least:.6g} " if finite else ""
-            where += f"in batch {batch:.0f} (counted from 0), all later ones left out too"
-            raise bad_values(bool(finite), where)
-
-
-def _is_good(fault: Tensor) -> Tensor:
-    """Whether a batch was finite and, where that matters, free of negative values."""
-    return (fault[0] > 0) & (fault[1] >= 0)
+        if found := earliest_fault([self]):
+            raise found[1]

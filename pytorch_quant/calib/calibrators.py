@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib.calibrator import Calibrator
+from pytorch_quant.calib.faults import earliest_fault
 from pytorch_quant.calib.histogram import Histogram
 from pytorch_quant.calib.maxima import MOMENTUM, Maxima
 from pytorch_quant.calib.methods import MAXIMA_METHODS, METHODS, SEARCH_METHODS, search_amax
 from pytorch_quant.calib.observation import Observation
+from pytorch_quant.calib.search import check_percentile
 
 
 class MaxCalibrator(Calibrator):
@@ -45,6 +47,17 @@ class MaxCalibrator(Calibrator):
         """Forget everything collected."""
         super().reset()
         self._tracked: list[Tensor] = []
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `Calibrator.snapshot`."""
+        restore, tracked = super().snapshot(), self._tracked
+        count = len(tracked)
+
+        def restore_all() -> None:
+            restore()
+            del tracked[count:]
+
+        return restore_all
 
     @property
     def amaxs(self) -> list[np.ndarray]:
@@ -201,6 +214,7 @@ class HistogramCalibrator(Calibrator):
 
         Raises:
             CalibrationError: a bad batch was met on an accelerator.
+            TypeError: `percentile` is no number.
             ValueError: an unknown method, an option out of range, or `best` without a search.
         """
         given = {"stride": stride, "start_bin": start_bin, "percentile": percentile, "p": p}
@@ -285,10 +299,14 @@ def compute_together(
 
     Raises:
         CalibrationError: a bad batch was met on an accelerator.
+        TypeError: `percentile` is no number.
         ValueError: an unknown method, an option out of range, statistics that cannot answer.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use {', '.join(map(repr, METHODS))}")
+    check_percentile(options.get("percentile", 100))
+    if found := earliest_fault(calibrators):
+        raise found[1]
     answers: list[Tensor | None] = [None] * len(calibrators)
     searched: dict[str, list[int]] = {}
     for i, calibrator in enumerate(calibrators):
@@ -304,13 +322,12 @@ def compute_together(
     for wanted, members in searched.items():
         held: list[tuple[int, Histogram]] = []
         for i in members:
-            calibrators[i]._raise_deferred()
             histogram = getattr(calibrators[i], "histogram", None)
             if histogram is not None and int(histogram.seen):
                 held.append((i, histogram))
         formats = [calibrators[i]._format for i, _ in held]
-        found = search_amax([h for _, h in held], formats, wanted, **options)
-        for (i, _), amax in zip(held, found, strict=True):
+        searched_amax = search_amax([h for _, h in held], formats, wanted, **options)
+        for (i, _), amax in zip(held, searched_amax, strict=True):
             answers[i] = amax.reshape(calibrators[i].amax_shape or ())
     return answers
 

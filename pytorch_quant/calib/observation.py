@@ -13,6 +13,9 @@ from pytorch_quant.axes import Axis, amax_shape, kept_axes, reduced_axes
 from pytorch_quant.calib.counting import count_rows, exponent_above, range_and_counts
 from pytorch_quant.calib.histogram import WORKING_TYPES, flat_as_stored
 
+# Values that tell whether a tensor was written to.
+_SAMPLED = 64
+
 _shared: WeakTensorKeyDictionary | None = None
 
 
@@ -84,6 +87,10 @@ def shared_observations() -> Iterator[None]:
 def observe(x: Tensor, axis: Axis, bins: int | None = None) -> Observation:
     """The observation of `x`, not empty; one that was made before if `x` is unchanged since.
 
+    Writes count that autograd counts. Of others, such as through `x.data` or a NumPy view, those
+    show on the CPU that change any of 64 values spread over `x`; on an accelerator, where looking
+    would stop the device, none do.
+
     Args:
         x: Any shape, any dtype.
         axis: The kept axis.
@@ -92,13 +99,27 @@ def observe(x: Tensor, axis: Axis, bins: int | None = None) -> Observation:
     if _shared is None or x.is_inference():
         # A tensor of inference mode does not tell whether it was written to.
         return Observation(x, axis, bins)
-    version, made = _shared.get(x, (None, {}))
-    if version != x._version:
+    version, held, made = _shared.get(x, (None, None, {}))
+    mark = _fingerprint(x)
+    same = mark is None or (held is not None and torch.equal(mark, held))
+    if version != x._version or not same:
         made = {}
-        _shared[x] = (x._version, made)
+        _shared[x] = (x._version, mark, made)
     if axis not in made:
         made[axis] = Observation(x, axis, bins)
     return made[axis]
+
+
+def _fingerprint(x: Tensor) -> Tensor | None:
+    """Some of the values of a tensor on the CPU, from all over it, at a cost that is constant."""
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        return None
+    x = x.detach()
+    step = -(-x.numel() // _SAMPLED)
+    if x.is_contiguous():
+        return x.view(-1)[::step].clone()
+    # A flat view does not exist: the places of the same values along each axis.
+    return x[torch.unravel_index(torch.arange(0, x.numel(), step), x.shape)]
 
 
 def _working(x: Tensor) -> Tensor:

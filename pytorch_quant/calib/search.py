@@ -13,6 +13,9 @@ CPU in float64, so that equal counts give equal bits on every machine of one kin
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,25 @@ from pytorch_quant.formats import Format, IntFormat
 
 # Values in one step of a vectorised evaluation, 8 MiB of float64: few steps, little memory.
 _STEP = 1 << 20
+# An error this small beside the value may be rounding of the search itself.
+_EXACT = 1e-10
+# Up to this power float64 holds the errors of every format in units of the histogram.
+_STEEP = 30.0
+
+
+def check_percentile(percentile: float) -> None:
+    """Refuse what is no percentile.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is outside [0, 100].
+    """
+    # NumPy scalars are numbers too.
+    number: object = percentile
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"percentile={percentile!r} is no number; use one in [0, 100]")
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile={percentile} is out of range; use a value in [0, 100]")
 
 
 def percentile_amax(
@@ -36,10 +58,10 @@ def percentile_amax(
         maximum: `(H,)`.
 
     Raises:
+        TypeError: `percentile` is no number.
         ValueError: `percentile` is outside [0, 100].
     """
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile={percentile} is out of range; use a value in [0, 100]")
+    check_percentile(percentile)
     host = counts.cpu().double()
     below = torch.nn.functional.pad(host.cumsum(1), (1, 0))
     target = (below[:, -1:] * (percentile / 100)).clamp(min=1.0)
@@ -93,11 +115,18 @@ def lp_amax(
     """
     if not 0 < p < float("inf"):
         raise ValueError(f"p={p} is out of range; use a finite number above 0")
-    host = counts.cpu().double()
+    p, host = float(p), counts.cpu().double()
     ends, valid = _candidates(host, start_bin, stride)
-    errors = _summed_errors(host, ends, fmt, p)
-    rounding = 1e-20 * (host @ _centres(host).pow(p))
-    bins = _largest_minimum(errors, valid, ends, rounding)
+    if p > _STEEP:
+        bins = _steep_minimum(host, ends, valid, fmt, p)
+    else:
+        # The unit of length does not matter to the search, but to what float64 can hold. By a
+        # power of two the division is exact.
+        unit = 1.0 if p == 2 else 2.0 ** math.ceil(math.log2(host.shape[1]))
+        errors = _summed_errors(host, ends, fmt, p, unit)
+        # What an error of 0 may come out as.
+        rounding = _EXACT ** max(p, 2.0) * (host @ (_centres(host) / unit).pow(p))
+        bins = _largest_minimum(errors, valid, ends, rounding)
     return _to_amax(bins, counts, width, maximum)
 
 
@@ -231,8 +260,36 @@ def _chunks(ends: Tensor, size: int) -> tuple[Tensor, ...]:
     return ends.split(max(1, _STEP // max(1, size)))
 
 
-def _summed_errors(counts: Tensor, ends: Tensor, fmt: Format, p: float) -> Tensor:
-    """The summed `|error|**p` of each candidate, `(H, K)`, in bins to the power of p.
+def _steep_minimum(counts: Tensor, ends: Tensor, valid: Tensor, fmt: Format, p: float) -> Tensor:
+    """The largest valid candidate with the least summed `|error|**p`, `(H,)`, for any power.
+
+    In logarithms, with the errors of each candidate in units of the largest of them, so that
+    nothing overflows and what underflows does not count: row by row, which takes longer.
+    """
+    found = torch.zeros(len(counts), dtype=ends.dtype)
+    for row, (held, own) in enumerate(zip(counts, valid, strict=True)):
+        filled, mine = held > 0, ends[own]
+        centres = _centres(held[None])[filled]
+        logs = []
+        for part in _chunks(mine, len(centres)) if len(centres) else ():
+            step = part[:, None].double() / fmt.bound
+            error = (fmt.round(centres / step) * step - centres).abs_()
+            # As small as an error of 0 may come out; all such candidates are equal.
+            error.clamp_(min=_EXACT * float(centres[-1]))
+            largest = error.amax(1, keepdim=True)
+            summed = (error / largest).pow_(p) @ held[filled]
+            logs.append(summed.log() + p * largest[:, 0].log())
+        if logs:
+            logged = torch.cat(logs)
+            # A relative difference is a difference of logarithms.
+            found[row] = mine[logged <= logged.amin() + 1e-9 * p].amax()
+    return found
+
+
+def _summed_errors(
+    counts: Tensor, ends: Tensor, fmt: Format, p: float, unit: float = 1.0
+) -> Tensor:
+    """The summed `|error|**p` of each candidate, `(H, K)`, of errors in `unit` bins.
 
     The error of every bin under every candidate is the same for all histograms, so one matrix
     product evaluates them all. It is faster than prefix sums over the cells of the format, works
@@ -243,6 +300,8 @@ def _summed_errors(counts: Tensor, ends: Tensor, fmt: Format, p: float) -> Tenso
     for part in _chunks(ends, counts.shape[1]):
         step = part[:, None].double() / fmt.bound
         error = fmt.round(centres / step) * step - centres
+        if unit != 1.0:
+            error /= unit
         power = error.square_() if p == 2 else error.abs_().pow_(p)
         errors.append(counts @ power.T)
     return torch.cat(errors, 1) if errors else counts.new_zeros(counts.shape[0], 0)

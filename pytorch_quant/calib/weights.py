@@ -15,6 +15,7 @@ from pytorch_quant.calib.calibrator import Calibrator
 from pytorch_quant.calib.calibrators import HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.histogram import CalibrationError
 from pytorch_quant.calib.methods import WEIGHT_METHODS
+from pytorch_quant.calib.search import check_percentile
 
 
 def calibrate_weights(
@@ -48,6 +49,7 @@ def calibrate_weights(
     Raises:
         CalibrationError: NaN or Inf in a weight, or negative values at an unsigned quantizer.
         RuntimeError: layers that share a quantizer have different numbers of channels.
+        TypeError: `percentile` is no number.
         ValueError: an unknown method, no weight quantizer in the model, `percentile` or
             `num_bins` out of range, or a quantizer whose axis its weight does not have.
 
@@ -56,6 +58,7 @@ def calibrate_weights(
     """
     if method not in WEIGHT_METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(WEIGHT_METHODS)}")
+    check_percentile(percentile)
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, tuple[nn.Module, list[Tensor]]] = {}
     for layer in names:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pytorch_quant import distributed
-from pytorch_quant.batches import Forward, call_model, tensors_in
+from pytorch_quant.batches import Forward, call_model, copied, tensors_in
 from pytorch_quant.calib import HistogramCalibrator
 from pytorch_quant.calib.calibrators import compute_together
+from pytorch_quant.calib.faults import raise_named
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.sync import agreeing
 
@@ -31,10 +32,10 @@ def choose_best(
 ) -> None:
     """Set the `best` method of the calibrator of each quantizer.
 
-    The layer of a quantizer is the module that holds it. Whenever it runs on the sample, it runs
-    again for every candidate method with this quantizer alone quantizing; the sum of the squared
-    differences of its outputs decides, the earlier candidate among equals. Quantizers do not
-    quantize on entry; the layers see float inputs.
+    The layer of a quantizer is the module that holds it; one that is shared has several. Whenever
+    one of them runs on the sample, it runs again for every candidate method with this quantizer
+    alone quantizing; the sum of the squared differences of their outputs decides, the earlier
+    candidate among equals. Quantizers do not quantize on entry; the layers see float inputs.
 
     Args:
         model: In eval mode, its quantizers neither quantizing nor collecting.
@@ -42,21 +43,31 @@ def choose_best(
         sample: Batches.
         forward: As in `calibrate`.
         progress: Show a progress bar.
+
+    Raises:
+        CalibrationError: a bad batch was met on an accelerator, naming the quantizer.
     """
     judged = {
         name: quantizer
         for name, quantizer in quantizers.items()
         if isinstance(quantizer._calibrator, HistogramCalibrator) and quantizer._calibrator.seen
     }
+    raise_named({name: quantizer._calibrator for name, quantizer in quantizers.items()})
     calibrators = [quantizer._calibrator for quantizer in judged.values()]
     amax = {method: compute_together(calibrators, method) for method in CANDIDATES}  # type: ignore[arg-type]
     trials = {
         name: _Trial(quantizer, {m: a for m in CANDIDATES if (a := amax[m][i]) is not None})
         for i, (name, quantizer) in enumerate(judged.items())
     }
+    trial_of: dict[nn.Module, _Trial] = {trial.quantizer: trial for trial in trials.values()}
     layers: dict[nn.Module, list[_Trial]] = {}
-    for name, trial in trials.items():
-        layers.setdefault(_layer_of(model, name), []).append(trial)
+    for name, module in model.named_modules(remove_duplicate=False):
+        trial = trial_of.get(module)
+        if trial is not None:
+            members = layers.setdefault(_layer_of(model, name), [])
+            # A shared layer has several names.
+            if trial not in members:
+                members.append(trial)
     with _judging(layers):
         for batch in tqdm(sample, desc="calibrate (best of methods)", disable=not progress):
             (forward or call_model)(model, batch)
@@ -114,7 +125,7 @@ class _Trial:
     def run(self, layer: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
         for method, amax in self.amax.items():
             with _only(self.quantizer, amax):
-                got = layer(*_copied(args), **_copied(kwargs))
+                got = layer(*copied(args), **copied(kwargs))
             error = _squared_difference(got, expected)
             self.errors[method] = self.errors[method] + error if method in self.errors else error
 
@@ -132,7 +143,7 @@ def _judging(layers: dict[nn.Module, list[_Trial]]) -> Iterator[None]:
     def before(layer: nn.Module, args: Any, kwargs: Any) -> None:
         if not running:
             # A layer may write to its inputs.
-            inputs.setdefault(layer, []).append((_copied(args), _copied(kwargs)))
+            inputs.setdefault(layer, []).append((copied(args), copied(kwargs)))
 
     def after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if running:
@@ -185,16 +196,6 @@ def _layer_of(model: nn.Module, name: str) -> nn.Module:
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             layer = module
     return layer
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return type(value)((key, _copied(item)) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
 
 
 def _squared_difference(got: Any, expected: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pytorch_quant import distributed
-from pytorch_quant.batches import Forward, call_model, count
-from pytorch_quant.calib import CalibrationError, Calibrator
+from pytorch_quant.batches import Forward, call_model, copied, count, each
+from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.counting import counting_threads
+from pytorch_quant.calib.faults import one_pass, raise_named
 from pytorch_quant.calib.observation import shared_observations
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
@@ -54,7 +55,9 @@ def calibrate(
     as they are.
 
     An interrupt or an error keeps the statistics of the batches before it: `compute_amax` uses
-    them, `save_calibration` stores them, and `accumulate=True` goes on from them.
+    them, `save_calibration` stores them, and `accumulate=True` goes on from them. Nothing of the
+    batch that was running is kept, and where it was the first, all is as before the call; but a
+    calibrator of the user's own keeps what it has collected.
 
     In a torch.distributed process group every process calls this with its share of the batches,
     any number of them, also none. All get the statistics and the amax that one process would get
@@ -91,7 +94,9 @@ def calibrate(
     Raises:
         CalibrationError: NaN or Inf, or a negative value at an unsigned quantizer, naming the
             quantizer and the batch. Statistics from earlier batches are kept. On an accelerator
-            the error comes at the end of the pass.
+            the error comes at the end of the pass, or of the next one that accumulates if this
+            is interrupted; of the bad batch itself the tensors before the bad one are kept, and
+            no later batch.
         RuntimeError: a batch on another device than the model, or an error of another process.
         TypeError: a batch of a type that cannot be passed on, an option that the method does not
             have, a calibrator whose statistics cannot be combined, or a model in
@@ -102,7 +107,7 @@ def calibrate(
     together = sync and distributed.world_size() > 1
     with agreeing(together):
         check_methods(method, weight_method)
-        check_options(method, options)
+        options = check_options(method, options)
         quantizers = _quantizers_of(model, batches)
         weights = weight_quantizers(model)
         lockstep = distributed.forward_communicates(model)
@@ -114,11 +119,14 @@ def calibrate(
     collecting = {name: q for name, q in quantizers.items() if takes_part(q) and not weights.get(q)}
     activations = {name: q for name, q in collecting.items() if q not in weights}
     before = {quantizer: quantizer._calibrator for quantizer in collecting.values()}
+    restore = _snapshot(before.values())
     progress = progress and not (together and distributed.rank())
     keep = options.get("sample_batches", 1) if method == "best" else 0
     ran = Agreement()
     try:
         with agreeing(together) as start:
+            if accumulate:
+                raise_named({name: q._calibrator for name, q in collecting.items()})
             for name, quantizer in collecting.items():
                 wanted = weight_method if quantizer in weights else method
                 prepare_calibrator(quantizer, wanted, accumulate, name)
@@ -138,8 +146,12 @@ def calibrate(
         ):
             model.eval()
             _set_modes(quantizers.values(), collecting.values())
+            total = count(batches)
             bar = tqdm(
-                batches, desc=f"calibrate ({method})", total=count(batches), disable=not progress
+                each(batches) if total is None else batches,
+                desc=f"calibrate ({method})",
+                total=total,
+                disable=not progress,
             )
             with agreeing(together) as ran:
                 sample = _run(model, bar, forward, quantizers, collecting, lockstep, keep, ran)
@@ -157,6 +169,7 @@ def calibrate(
             # Nothing new was learned: what was known before is still the best.
             for quantizer, calibrator in before.items():
                 quantizer._calibrator = calibrator
+            restore()
         raise
     with agreeing(together):
         report = fill(model, method, weight_method, options, sum(ran.values))
@@ -170,6 +183,11 @@ def _quantizers_of(model: nn.Module, batches: Any) -> dict[str, TensorQuantizer]
         raise TypeError(
             f"batches is one tensor of shape {tuple(batches.shape)}; pass an iterable of batches, "
             "such as [tensor]"
+        )
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"batches is {batches!r} of type {type(batches).__name__}; pass an iterable of "
+            "batches, such as a DataLoader or a list of tensors"
         )
     quantizers = named_quantizers(model)
     if not quantizers:
@@ -191,24 +209,49 @@ def _run(
     keep: int,
     stage: Agreement,
 ) -> list[Any]:
-    """Show every batch to the model, counting in `stage.value`; returns the first `keep`."""
+    """Show every batch to the model, counting in `stage.value`; returns copies of the first `keep`.
+
+    Of a batch that does not come to its end no statistics are kept.
+    """
     stage.value = 0
     sample: list[Any] = []
+    calibrators = [quantizer._calibrator for quantizer in collecting.values()]
+    restore = _snapshot(calibrators)
     waiting = faults_wait(collecting.values() if lockstep else ())
-    with counting_threads(), shared_observations(), waiting as faults:
+    with counting_threads(), shared_observations(), one_pass() as current, waiting as faults:
         try:
             for batch, own in in_step(batches, faults) if lockstep else zip(batches, repeat(True)):
                 if not own:
                     _set_modes(quantizers.values(), ())
+                if len(sample) < keep:
+                    # The model may write to its inputs.
+                    sample.append(copied(batch))
+                current.batch = stage.value
                 stage.alone = lockstep
                 (forward or call_model)(model, batch)
                 stage.alone = False
-                stage.value += own and faults.first is None
-                if len(sample) < keep:
-                    sample.append(batch)
-        except CalibrationError as error:
-            raise CalibrationError(f"calibration batch {stage.value}: {error}") from error
+                if own and faults.first is None:
+                    done = _snapshot(calibrators)
+                    # One statement without a call: an interrupt comes before or after it.
+                    stage.value, restore = current.batch + 1, done
+        except BaseException as error:
+            restore()
+            if isinstance(error, CalibrationError):
+                raise CalibrationError(f"calibration batch {stage.value}: {error}") from error
+            raise
     return sample
+
+
+def _snapshot(calibrators: Iterable[Calibrator | None]) -> Callable[[], None]:
+    """A function that brings the statistics of this moment back, but to calibrators of the user."""
+    known = (MaxCalibrator, HistogramCalibrator)
+    held = [c.snapshot() for c in calibrators if c is not None and type(c) in known]
+
+    def restore() -> None:
+        for each_restore in held:
+            each_restore()
+
+    return restore
 
 
 def _set_modes(

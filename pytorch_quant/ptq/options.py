@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 from pytorch_quant.calib.methods import METHODS, WEIGHT_METHODS
@@ -36,19 +37,23 @@ def check_methods(method: Any, weight_method: Any) -> None:
             raise ValueError(f"unknown {argument} {value!r}; use one of {', '.join(known)}")
 
 
-def check_options(method: str, options: dict[str, Any]) -> None:
+def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Refuse options that the method does not have, and values out of range.
+
+    Returns:
+        The options as plain numbers, which NumPy scalars become.
 
     Raises:
         TypeError: the method has no such option.
         ValueError: a value out of range.
     """
+    plain: dict[str, Any] = {}
     for name, value in options.items():
         accepted = OPTIONS[method].get(name)
         if accepted is None:
             known = ", ".join(OPTIONS[method]) or "none"
             raise TypeError(f"method {method!r} has no option {name!r}; its options: {known}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if name == "percentile":
             right = number and 0 <= value <= 100
         elif name == "momentum":
@@ -56,6 +61,8 @@ def check_options(method: str, options: dict[str, Any]) -> None:
         elif name == "p":
             right = number and 0 < value < float("inf")
         else:
-            right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            right = number and isinstance(value, Integral) and int(value) >= 1
         if not right:
             raise ValueError(f"{name}={value!r} is out of range; use {accepted}")
+        plain[name] = int(value) if isinstance(value, Integral) else float(value)
+    return plain

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.calibrators import compute_together
+from pytorch_quant.calib.faults import raise_named
 from pytorch_quant.calib.methods import MAXIMA_METHODS
 from pytorch_quant.distributed import whole
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
@@ -41,7 +42,7 @@ def compute_amax(
             not collected, naming the quantizers.
     """
     check_methods(method, weight_method)
-    check_options(method, options)
+    options = check_options(method, options)
     for name in COLLECTING:
         if name in options:
             raise TypeError(
@@ -60,6 +61,8 @@ def prepare_calibrator(
 ) -> None:
     """Give the quantizer a fresh calibrator for the method, unless it adds to what it has.
 
+    One of the right kind keeps its settings, such as the number of bins.
+
     Raises:
         ValueError: it holds statistics of another kind, to which the method cannot add.
     """
@@ -71,12 +74,19 @@ def prepare_calibrator(
             present.reset()
         return
     if accumulate and type(present) is kind:
+        # It was made on the batches before.
+        present.best = None
         return
     if accumulate and present is not None and present.seen:
         raise ValueError(
             f"{name} holds statistics of {type(present).__name__}, to which {method!r} cannot "
             "add; calibrate with the same kind of method, or with accumulate=False"
         )
+    if type(present) is kind:
+        # A new object: the one before comes back if no batch arrives.
+        quantizer._calibrator = present.fresh()
+        quantizer._format_changed()
+        return
     histogram = kind is HistogramCalibrator
     quantizer._calibrator = quantizer._make_calibrator("histogram" if histogram else "max")
 
@@ -126,6 +136,7 @@ def _ask(
     answers: dict[str, tuple[str, Tensor] | None] = {}
     together: dict[tuple[str, bool], list[str]] = {}
     uncollected = []
+    raise_named({name: quantizer._calibrator for name, quantizer in taking.items()})
     for name, quantizer in taking.items():
         calibrator, wanted = quantizer._calibrator, asked[name]
         # Options are those of the method for activations.
@@ -147,24 +158,11 @@ def _ask(
         )
     for (wanted, takes_options), names in together.items():
         calibrators: list[Any] = [taking[name]._calibrator for name in names]
-        try:
-            found = compute_together(calibrators, wanted, **(options if takes_options else {}))
-        except CalibrationError:
-            _raise_named(names, calibrators)
-            raise
+        found = compute_together(calibrators, wanted, **(options if takes_options else {}))
         for name, calibrator, amax in zip(names, calibrators, found, strict=True):
             shown = f"best: {calibrator.best}" if wanted == "best" else wanted
             answers[name] = None if amax is None else (shown, amax)
     return answers
-
-
-def _raise_named(names: list[str], calibrators: list[Calibrator]) -> None:
-    """Say which quantizer met the bad batch that an accelerator reports at the end."""
-    for name, calibrator in zip(names, calibrators, strict=True):
-        try:
-            calibrator._raise_deferred()
-        except CalibrationError as error:
-            raise CalibrationError(f"{name}: {error}") from error
 
 
 def _rows(
@@ -177,17 +175,21 @@ def _rows(
             method, stored = found[quantizer]
             calibrator = quantizer._calibrator
             seen = calibrator.seen if isinstance(calibrator, Calibrator) else None
-            clipped = None
-            if method == "max":
-                clipped = 0.0
-            elif isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is not None:
-                clipped = calibrator.histogram.share_above(stored.reshape(-1))
+            clipped = _clipped(calibrator, stored * (quantizer._scale_amax or 1.0))
             rows.append(QuantizerRange(name, method, amax, seen, clipped))
         elif quantizer.dynamic:
             rows.append(QuantizerRange(name, "dynamic", None))
         elif quantizer.fixed and amax is not None:
             rows.append(QuantizerRange(name, "fixed", amax))
     return rows
+
+
+def _clipped(calibrator: Any, reach: Tensor) -> float | None:
+    """The share of the values above `reach`, of the shape of an amax; None if it is not known."""
+    if isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is not None:
+        return calibrator.histogram.share_above(reach.reshape(-1))
+    maxima = calibrator._maxima if isinstance(calibrator, Calibrator) else None
+    return 0.0 if maxima is not None and bool((maxima.largest <= reach).all()) else None
 
 
 def _collect_weights(

@@ -17,7 +17,9 @@ class QuantizerRange:
             descriptor did, `dynamic` where the range is taken at run time.
         amax: The amax, real units, shape `()` or per channel; None for a dynamic quantizer.
         seen: Values that the statistics hold; None where there are none.
-        clipped: The share of them above amax, 0 to 1; None where only maxima are known.
+        clipped: The share of them above the range, `amax * scale_amax`, 0 to 1; None where only
+            maxima are known and some lie above it. Inside a bin of the histogram values count as
+            evenly spread, so the share is right to the width of a bin.
     """
 
     name: str

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib import Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib.faults import raise_named
 from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
@@ -51,17 +52,15 @@ def save_calibration(model: nn.Module, path: PathLike) -> None:
     """
     weights = weight_quantizers(model)
     entries = {}
-    for name, quantizer in named_quantizers(model).items():
+    quantizers = named_quantizers(model)
+    raise_named({name: q._calibrator for name, q in quantizers.items() if not weights.get(q)})
+    for name, quantizer in quantizers.items():
         calibrator = quantizer._calibrator
         if calibrator is None or weights.get(quantizer):
             continue
         if type(calibrator) not in (MaxCalibrator, HistogramCalibrator):
             raise TypeError(f"{name} {_foreign(calibrator)}, which a file cannot hold")
-        try:
-            state = calibrator.state()
-        except CalibrationError as error:
-            raise CalibrationError(f"{name}: {error}") from error
-        if state:
+        if state := calibrator.state():
             entries[name] = _entry(calibrator, state)
     if not entries:
         raise ValueError("no quantizer has statistics to save; run calibrate(model, batches) first")
@@ -108,14 +107,11 @@ def load_calibration(
     merged: dict[str, Calibrator] = {}
     sources: dict[str, str] = {}
     if accumulate:
+        raise_named({name: quantizer._calibrator for name, quantizer in quantizers.items()})
         for name, quantizer in quantizers.items():
             held: Any = quantizer._calibrator
             if type(held) in (MaxCalibrator, HistogramCalibrator) and held.seen:
-                try:
-                    entry = _entry(held, held.state())
-                except CalibrationError as error:
-                    raise CalibrationError(f"{name}: {error}") from error
-                merged[name] = _calibrator_of(quantizer, entry)
+                merged[name] = _calibrator_of(quantizer, _entry(held, held.state()))
                 sources[name] = "the model"
     loaded: set[str] = set()
     for path in files:

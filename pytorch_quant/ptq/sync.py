@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pytorch_quant import distributed
-from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator
+from pytorch_quant.calib import Calibrator, HistogramCalibrator
 from pytorch_quant.calib.counting import coarsened
+from pytorch_quant.calib.faults import raise_named
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.report import CalibrationReport
 
@@ -128,23 +129,59 @@ def check_same(told: list[dict[str, Any]]) -> None:
 
 
 def start_once(collecting: dict[str, TensorQuantizer], accumulate: bool, together: bool) -> None:
-    """Let statistics that all processes hold alike count once: only rank 0 goes on from them."""
-    for quantizer in collecting.values():
+    """Let statistics that all processes hold alike count once: only rank 0 goes on from them.
+
+    The others go on from what they have added to them since, alone.
+
+    Raises:
+        RuntimeError: what was added cannot be told from what all hold, naming the quantizer.
+    """
+    for name, quantizer in collecting.items():
         calibrator = quantizer._calibrator
-        if calibrator is None or not _is_united(calibrator):
+        if calibrator is None or (united := _united_state(calibrator)) is None:
             continue
         if not accumulate:
             setattr(calibrator, _UNITED, None)
         elif together and distributed.rank() > 0:
+            added = _added(name, calibrator, united)
             # A new object: the one before comes back if no batch arrives.
             quantizer._calibrator = copy.copy(calibrator)
             quantizer._calibrator.reset()
+            if added:
+                quantizer._calibrator.load_state(added)
             setattr(quantizer._calibrator, _UNITED, None)
 
 
 def mark_united(calibrator: Calibrator) -> None:
     """Note that all processes hold these statistics, until they are reset."""
-    setattr(calibrator, _UNITED, True if calibrator._maxima is None else calibrator._maxima)
+    # A calibrator of the user's own may hand out the very tensors that it collects into.
+    state = {key: tensor.clone() for key, tensor in calibrator.state().items()}
+    setattr(calibrator, _UNITED, (calibrator._maxima, state))
+
+
+def _added(name: str, calibrator: Calibrator, united: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a process has added to statistics that all hold; empty for nothing.
+
+    Sums are differences. A maximum stays as it is, since it may count twice.
+    """
+    state = dict(calibrator.state())
+    failure = RuntimeError(
+        f"{name}: what this process has collected alone cannot be told from what all processes "
+        "hold together; calibrate with accumulate=False"
+    )
+    if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in united.items()}:
+        raise failure
+    if all(torch.equal(state[key], united[key]) for key in state):
+        return {}
+    if "exponent" in state and "counts" in united:
+        shift = state["exponent"] - united["exponent"]
+        united = united | {"counts": coarsened(united["counts"], shift)}
+    for key, kind in calibrator.reductions.items():
+        if kind == "sum" and key in state:
+            state[key] = state[key] - united[key]
+            if not state[key].is_floating_point() and bool((state[key] < 0).any()):
+                raise failure
+    return state
 
 
 def take_first(quantizers: dict[str, TensorQuantizer], report: CalibrationReport) -> None:
@@ -179,13 +216,11 @@ def unite(collecting: dict[str, TensorQuantizer]) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     with agreeing(True) as stage:
         layout: dict[str, Any] = {}
+        raise_named({name: quantizer._calibrator for name, quantizer in collecting.items()})
         for name, quantizer in collecting.items():
             calibrator = quantizer._calibrator
             assert calibrator is not None
-            try:
-                states[name] = calibrator.state()
-            except CalibrationError as error:
-                raise CalibrationError(f"{name}: {error}") from error
+            states[name] = calibrator.state()
             entries = {key: (tuple(t.shape), t.dtype) for key, t in states[name].items()}
             layout[name] = (entries, calibrator.best)
         stage.value = layout
@@ -300,10 +335,11 @@ def _least(dtype: torch.dtype) -> float | int:
     return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-def _is_united(calibrator: Any) -> bool:
-    held = getattr(calibrator, _UNITED, None)
-    # Statistics that were reset since, or replaced, are those of this process again.
-    return held is True or (held is not None and held is calibrator._maxima)
+def _united_state(calibrator: Any) -> dict[str, Tensor] | None:
+    """What all processes hold of these statistics; None if they are of this process alone."""
+    maxima, state = getattr(calibrator, _UNITED, None) or (None, None)
+    # Statistics that were replaced since are those of this process again.
+    return state if maxima is calibrator._maxima else None
 
 
 def _has_state(kind: type[Calibrator]) -> bool:

@@ -112,3 +112,19 @@ def test_other_types(dtype):
         second.collect(x)
     assert torch.equal(first.compute_amax("max"), x.float().abs().max())
     assert torch.equal(second.compute_amax(), x.float().abs().max())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("size", [3, 40])
+def test_writes_that_autograd_does_not_count(order, every, size):
+    x = torch.ones(2 * every, size, 5)[::every].permute(order)
+    calibrator = MaxCalibrator(track_amax=True)
+    with shared_observations(), torch.no_grad():
+        calibrator.collect(x)
+        x.data.mul_(3)
+        calibrator.collect(x)
+        x.detach().numpy()[:] = 10
+        calibrator.collect(x)
+        assert observe(x, None) is observe(x, None)
+    assert [float(a) for a in calibrator.amaxs] == [1, 3, 10]

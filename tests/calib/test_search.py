@@ -161,6 +161,53 @@ def test_lp_equals_the_reference(p, fmt):
     check(amax, [reference_mse(h, fmt, 20, p=p) for h in CASES.values()])
 
 
+def errors_of(h, i, fmt):
+    """The magnitudes of the errors of the bins with counts under candidate `i`, in bins."""
+    values, centres = fmt.magnitudes() * i / fmt.bound, np.flatnonzero(h) + 0.5
+    return np.abs(centres - values[np.searchsorted((values[1:] + values[:-1]) / 2, centres)])
+
+
+def assert_least(h, amax, fmt, p, start=128, stride=1):
+    """The found candidate has the least error, to rounding, in logarithms."""
+    ends = candidates(h, start, stride)
+    logs = []
+    for i in ends:
+        error = np.maximum(errors_of(h, i, fmt), 1e-9)
+        logs.append(np.logaddexp.reduce(np.log(h[h > 0]) + p * np.log(error)))
+    assert amax in ends
+    assert logs[ends.index(amax)] <= min(logs) + 1e-6
+
+
+@given(
+    st.lists(st.integers(0, 6) | st.just(0) | st.integers(0, 10**9), min_size=300, max_size=300),
+    st.sampled_from([INT8, UINT8, INT4, E4M3]),
+    st.floats(0.5, 12) | st.sampled_from([10.0, 12.0]),
+    st.integers(1, 300),
+    st.integers(1, 9),
+)
+@settings(max_examples=40)
+def test_lp_finds_the_least_error_for_any_power(counts, fmt, p, start, stride):
+    h = np.array(counts)
+    h[0] += 1
+    tensor = torch.from_numpy(h)[None]
+    found = float(lp_amax(tensor, torch.ones(1), fmt, p, start_bin=start, stride=stride))
+    assert_least(h, found, fmt, p, start, stride)
+
+
+@pytest.mark.parametrize("p", [10, 20, 30, 31, 100, 1000])
+@pytest.mark.parametrize("fmt", [INT4, INT8, E4M3, IntFormat(16)], ids=lambda f: f.name)
+def test_large_powers(p, fmt):
+    cases = adversarial(2048)
+    counts = torch.from_numpy(np.stack([cases["normal"], cases["short"], cases["nothing"]]))
+    amax = lp_amax(counts, torch.ones(3), fmt, p).tolist()
+    assert amax[2] == 0
+    for name, found in zip(("normal", "short"), amax, strict=False):
+        assert_least(cases[name], found, fmt, p)
+    # The search is free of scale: the same values in bins of the next power of two.
+    half = torch.nn.functional.pad(counts, (0, 2048))
+    assert lp_amax(half, torch.ones(3), fmt, p).tolist() == amax
+
+
 def test_a_larger_p_clips_less_of_a_normal_distribution():
     h = torch.from_numpy(CASES["normal"])[None]
     amax = [float(lp_amax(h, torch.ones(1), INT4, p, start_bin=1)) for p in (1, 2, 4)]

@@ -8,11 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from own_calibrators import Least, Sums
 from torch import nn
 
 from pytorch_quant import QuantDescriptor, calibrate, compute_amax
 from pytorch_quant import nn as quant_nn
-from pytorch_quant.calib import Calibrator, MaxCalibrator
+from pytorch_quant.calib import Calibrator
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.ptq import ranges
 from pytorch_quant.ptq.storage import load_calibration, save_calibration
@@ -117,10 +118,8 @@ def a_rank_without_batches():
 
 
 def no_batches_anywhere():
-    model = network()
-    run(model, mine(images()), "mse")
-    held = amax(model)
-    error = error_of(run, model, [])
+    run(model := network(), mine(images()), "mse")
+    held, error = amax(model), error_of(run, model, [])
     compute_amax(model, "mse")
     return error, held, amax(model)
 
@@ -145,13 +144,26 @@ def accumulate():
     return amax(model), seen, amax(loaded), amax(local), alone("mse")
 
 
+def accumulate_alone():
+    """What each process adds alone to the union counts, and the union once."""
+    found = {}
+    for method in ("mse", "mean_max"):
+        model = network()
+        run(model, mine(images()[:2], 1), method)
+        run(model, mine(images()[2:4], 1), method, accumulate=True, sync=False)
+        run(model, mine(images()[4:], 0), method, accumulate=True)
+        seen = {n: q.calibrator.seen for n, q in named_quantizers(model).items() if "_input" in n}
+        found[method] = amax(model), seen, alone(method)
+    return found
+
+
 def accumulate_after_best():
     model = network()
     run(model, mine(images()), "best")
-    best = {n: q.calibrator.best for n, q in named_quantizers(model).items() if "_input" in n}
+    inputs = {n: q for n, q in named_quantizers(model).items() if "_input" in n}
+    best = {n: q.calibrator.best for n, q in inputs.items()}
     run(model, mine(images()), "mse", accumulate=True)
-    after = {n: q.calibrator.best for n, q in named_quantizers(model).items() if "_input" in n}
-    return best, after
+    return best, {n: q.calibrator.best for n, q in inputs.items()}
 
 
 class Broken(Exception):
@@ -204,34 +216,6 @@ def wrong_on_one_rank():
     return found
 
 
-class Least(MaxCalibrator):
-    def collect(self, x):
-        super().collect(x)
-
-
-class Sums(Calibrator):
-    """A calibrator of a user, with a state that this package does not know."""
-
-    reductions = {"sum": "sum", "top": "max"}  # noqa: RUF012
-
-    def reset(self):
-        super().reset()
-        self.held = {}
-
-    def collect(self, x):
-        old = self.held or {"sum": torch.zeros(()), "top": torch.zeros(())}
-        self.held = {"sum": old["sum"] + x.abs().sum(), "top": old["top"].max(x.abs().max())}
-
-    def state(self):
-        return self.held
-
-    def load_state(self, state):
-        self.held = dict(state)
-
-    def compute_amax(self, *args, **kwargs):
-        return self.held["sum"] + self.held["top"] if self.held else None
-
-
 def own_calibrators():
     model = network()
     model[5]._input_quantizer._calibrator = Least()
@@ -246,6 +230,9 @@ def own_calibrators():
     run(lines, batches, sync=False)
     run(lines, batches, accumulate=True)
     found.append(lines[0]._input_quantizer.amax.item())
+    for sync in (False, True):
+        run(lines, batches, accumulate=True, sync=sync)
+    found.append(lines[0]._input_quantizer.amax.item())
     return refused, found
 
 
@@ -253,8 +240,7 @@ def without_sync():
     """Only one process calibrates: it must not wait for the other."""
     if RANK == 0:
         return None
-    model = network()
-    run(model, images()[:2], sync=False)
+    run(model := network(), images()[:2], sync=False)
     return model[0]._input_quantizer.amax.item()
 
 
@@ -394,6 +380,7 @@ PROGRAMS = (
     a_rank_without_batches,
     no_batches_anywhere,
     accumulate,
+    accumulate_alone,
     accumulate_after_best,
     a_failing_rank,
     nan_on_one_rank,

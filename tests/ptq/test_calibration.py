@@ -225,7 +225,9 @@ def test_an_unknown_method_lists_the_valid_ones():
         lambda: calibrate(network(), images(), weight_method="entrpy"),
         lambda: compute_amax(network(), "entrpy"),
     ):
-        with pytest.raises(ValueError, match="'entrpy'; use one of max, .*percentile, mse, entropy, lp"):
+        with pytest.raises(
+            ValueError, match=r"'entrpy'; use one of max, .*percentile, mse, entropy, lp"
+        ):
             call()
 
 

@@ -99,10 +99,19 @@ def test_accumulating_counts_each_batch_once(results):
         assert seen["0._input_quantizer"] == 5 * 5 * 36
 
 
-def test_accumulating_keeps_the_choice_of_best(results):
+def test_accumulating_forgets_the_choice_of_best_everywhere(results):
     for result in results:
         before, after = result["accumulate_after_best"]
-        assert all(before.values()) and after == before
+        assert all(before.values()) and not any(after.values())
+
+
+@pytest.mark.parametrize("method", ["mse", "mean_max"])
+def test_what_one_process_adds_alone_counts_once(results, method):
+    for result in results:
+        got, seen, wanted = result["accumulate_alone"][method]
+        assert seen["0._input_quantizer"] == 5 * 5 * 36
+        for name, amax in got.items():
+            np.testing.assert_allclose(amax, wanted[name], rtol=1e-6 * (method == "mean_max"))
 
 
 def test_an_error_of_one_process_reaches_the_other(results):
@@ -145,8 +154,9 @@ def test_calibrators_of_the_user(results):
     for result in results:
         refused, found = result["own_calibrators"]
         assert "5._input_quantizer: the statistics of Least cannot be combined" in refused
-        # 4 * (3 + 4) + 4, twice that sum when they accumulate, afresh, and after one alone.
-        assert found == [32.0, 60.0, 32.0, 60.0]
+        # 4 * (3 + 4) + 4, twice that sum when they accumulate, afresh, and after one alone; then
+        # 4 * (3 + 4) more for a batch of each alone and the same for another one together.
+        assert found == [32.0, 60.0, 32.0, 60.0, 116.0]
 
 
 def test_one_process_alone(results):
