@@ -104,12 +104,22 @@ def op_kind(function: Callable) -> str:
     Underscores of in-place and special methods do not count, nor does the overload of an operator
     (`aten.add.Tensor`). ReLU6 and hardtanh are "clamp", whichever of them torch calls.
     """
+    name = own_name(function)
+    return _KINDS.get(name, name)
+
+
+def own_name(function: Callable) -> str:
+    """The name of a function without the underscores of in-place and special methods."""
     name = getattr(function, "__name__", type(function).__name__)
     if name in ("__get__", "__set__"):
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     name = name.split(".")[0]
-    name = name.strip("_").removesuffix("_with_indices") or name
-    return _KINDS.get(name, name)
+    return name.strip("_").removesuffix("_with_indices") or name
+
+
+def dimensions(name: str) -> str:
+    """`"1d"`, `"2d"` or `"3d"` of a function that has one form for each; `""` of any other."""
+    return name[-2:] if name in _KINDS and name[-2:] in ("1d", "2d", "3d") else ""
 
 
 def opened(function: Callable) -> Callable:

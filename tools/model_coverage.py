@@ -223,9 +223,10 @@ fine-tuning in train mode. Weights are random; batch norms have the statistics o
 over the largest output, the median of {batches} batches. *moved*: the same between that model and
 itself when its input moves by 1e-6, the largest of {moves} moves of each batch. Deep random
 networks amplify one code that rounding moved into another output, so that only some batches differ
-at all. A network passes where the difference is at most {factor} times what a move makes, where the file has no finding of severity error or performance, and where the
-model trains. The other columns count quantizers by what they are for; *float* is what could be
-quantized and is left float by the rules for TensorRT.
+at all. A network passes where the difference is at most {factor} times what a move makes, where the
+file has no finding of severity error or performance, and where the model trains. The other columns
+count quantizers by what they are for; *float* is what could be quantized and is left float by the
+rules for TensorRT.
 
 {table}
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,38 +12,10 @@ from torch import Tensor
 # Ranges start here: wide enough for any amax in use, and `bins / range` stays a float32 number.
 LEAST_EXPONENT = -100
 # On a CPU, a block of values and its bin numbers fit the second-level cache.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 # Neighbouring values are counted in separate copies of the histogram. Otherwise the many zeros
 # of a post-ReLU tensor wait for one another's store to the first bin, which costs a factor of 2.
 _LANES = 4
-
-_threads: ThreadPoolExecutor | None = None
-
-
-@contextmanager
-def counting_threads() -> Iterator[None]:
-    """Count with as many threads as torch computes with, while the block runs.
-
-    `torch.bincount` runs on one thread; blocks of a tensor are counted side by side instead.
-    """
-    global _threads
-    workers = torch.get_num_threads()
-    if _threads is not None or workers == 1:
-        yield
-        return
-    # A worker must not start a team of threads of its own for each operation. Setting that in
-    # the worker leaves a mark that later threads would inherit; the call below takes it back.
-    pool = ThreadPoolExecutor(workers, "count", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for future in [pool.submit(torch.get_num_threads) for _ in range(workers)]:
-            future.result()
-        torch.set_num_threads(workers)
-        _threads = pool
-        yield
-    finally:
-        _threads = None
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(workers)
 
 
 def exponent_above(maximum: Tensor) -> Tensor:
@@ -115,24 +84,6 @@ class RangedCounts:
 
 def range_and_counts(x: Tensor, bins: int) -> RangedCounts:
     """The range and the histogram of a flat tensor on the CPU, not empty, in one pass over it."""
-    if _threads is None or x.numel() < 2 * _BLOCK:
-        return _count_part(x, bins)
-    # Two parts for each worker: one that the machine disturbs then costs less.
-    size = -(-x.numel() // (2 * _threads._max_workers))
-    parts = list(_threads.map(lambda part: _count_part(part, bins), x.split(size)))
-    bad = [part for part in parts if part.counts is None]
-    if bad:
-        return bad[0]
-    exponent = max(part.exponent for part in parts)
-    widened = [
-        _widened(part.counts, exponent - part.exponent) for part in parts if part.counts is not None
-    ]
-    low, high = min(part.low for part in parts), max(part.high for part in parts)
-    return RangedCounts(low, high, torch.stack(widened).sum(0), exponent)
-
-
-def _count_part(x: Tensor, bins: int) -> RangedCounts:
-    # Gradient mode is a property of the thread.
     with torch.inference_mode(False), torch.no_grad():
         found = RangedCounts(math.inf, -math.inf, x.new_zeros(bins, dtype=torch.int64), 0)
         block = min(_BLOCK, x.numel())

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from pytorch_quant.batches import copied
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer, uncalibrated_error
+from pytorch_quant.plain_pass import plain_forward
 from pytorch_quant.qdq import check_exportable
 
 
-def check_quantizers(model: nn.Module) -> None:
+def check_quantizers(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Raise where an enabled quantizer cannot become a Q/DQ pair, naming all of them.
+
+    Those that the export does not meet, such as in a head for training alone, may be in any state.
+    Only where some quantizer has a problem, a forward pass is run to find out which are met.
+
+    Args:
+        model: The model.
+        args: The arguments of the export.
 
     Raises:
         RuntimeError: quantizers without an amax that are not declared dynamic.
@@ -20,13 +31,36 @@ def check_quantizers(model: nn.Module) -> None:
     """
     active = {n: q for n, q in named_quantizers(model).items() if not q.disabled and q._if_quant}
     uncalibrated = [name for name, quantizer in active.items() if quantizer.needs_amax]
+    weights = weight_quantizers(model)
+    problems = {n: _problem(q, q in weights) for n, q in active.items() if n not in uncalibrated}
+    if not uncalibrated and not any(problems.values()):
+        return
+    met = _met(model, args)
+    uncalibrated = [name for name in uncalibrated if active[name] in met]
     if uncalibrated:
         raise uncalibrated_error(uncalibrated)
-    weights = weight_quantizers(model)
-    problems = {name: _problem(q, q in weights) for name, q in active.items()}
-    found = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    found = [f"{n}: {problem}" for n, problem in problems.items() if problem and active[n] in met]
     if found:
         raise ValueError("; ".join(found))
+
+
+def _met(model: nn.Module, args: tuple[Any, ...]) -> set[nn.Module]:
+    """The quantizers that a forward pass in eval mode runs."""
+    met: set[nn.Module] = set()
+    # As the exporter takes them.
+    named = dict(args[-1]) if args and isinstance(args[-1], dict) else {}
+    given = args[:-1] if args and isinstance(args[-1], dict) else args
+    hooks = [
+        quantizer.register_forward_pre_hook(lambda quantizer, _: met.add(quantizer))
+        for quantizer in named_quantizers(model).values()
+    ]
+    try:
+        with plain_forward(model):
+            model(*copied(given), **copied(named))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return met
 
 
 def _problem(quantizer: TensorQuantizer, is_weight: bool) -> str | None:

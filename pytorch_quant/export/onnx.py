@@ -74,8 +74,9 @@ def export_onnx(
 ) -> ExportReport:
     """Write `model` as a Q/DQ ONNX file for TensorRT and ONNX Runtime.
 
-    The model is exported in eval mode and comes back as it was. The file is written aside and
-    renamed, so that `path` is never half-written.
+    The model is exported in eval mode and comes back as it was. Quantizers that it does not reach
+    in this mode are not in the file and need no range. The file is written aside and renamed, so
+    that `path` is never half-written.
 
     Args:
         model: Calibrated.
@@ -106,9 +107,9 @@ def export_onnx(
             f"args is a tensor or a tuple of arguments, got {type(args).__name__}; write "
             "(argument,) for one argument that is no tensor"
         )
-    check_quantizers(model)
-    asked = choose_opset(model, opset)
     args = args if isinstance(args, tuple) else (args,)
+    check_quantizers(model, args)
+    asked = choose_opset(model, opset)
     with written_aside(path) as aside:
         with preserved_modes(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -9,13 +9,16 @@ have frames of their own are not counted.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from pytorch_quant.batches import tensors_in
 from pytorch_quant.nn.locate import calling_model, qualified_name
@@ -30,6 +33,9 @@ _ATTENTION = "scaled_dot_product_attention"
 _OPENED = {function: opened(function) for function in COMPOSITES}
 _cached_kind = functools.lru_cache(4096)(op_kind)
 
+Line = tuple[tuple[str, int], ...]
+"""Where in the code a call stands: functions from the inside out, each with an instruction."""
+
 
 @dataclass(frozen=True)
 class CallSites:
@@ -38,10 +44,12 @@ class CallSites:
     Attributes:
         counts: How many calls of each kind that holds a quantizer.
         quantized: The operands of a call, by kind and number, each with the key of its quantizer.
+        lines: Where the quantized calls stand, from the first run in eval mode.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     quantized: dict[tuple[str, int], tuple[tuple[Operand, str], ...]] = field(default_factory=dict)
+    lines: dict[tuple[str, int], Line] = field(default_factory=dict, compare=False)
 
 
 class CallQuantizers(nn.ModuleDict):
@@ -87,6 +95,12 @@ class CallFrame(TorchFunctionMode):
         self.met = dict.fromkeys(sites.counts, 0)
         self.blind = 0
         self.compiled = torch.compiler.is_dynamo_compiling()
+        self._lines: dict[tuple[str, int], Line] = {}
+        # What the lines of a run are compared with, or stored as.
+        self._looks = module.training == bool(sites.lines)
+        self._grad_mode, self._hooks = False, None
+        if not torch.compiler.is_compiling():
+            self._grad_mode, self._hooks = torch.is_grad_enabled(), _saved_tensors_hooks()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -103,11 +117,18 @@ class CallFrame(TorchFunctionMode):
             return func(*args, **kwargs)
         number = self.met[kind]
         if number >= self.sites.counts[kind]:
-            raise RuntimeError(self._too_many(kind))
+            if torch.compiler.is_compiling() or not self._may_follow(kind, _line()):
+                raise RuntimeError(self._too_many(kind))
+            return func(*args, **kwargs)
         operands = self.sites.quantized.get((kind, number))
         if operands is None:
             result = func(*args, **kwargs)
         else:
+            if not (self.compiled or torch.compiler.is_compiling()):
+                if self._is_recomputed():
+                    raise RuntimeError(self._recomputed(f"{kind}#{number}"))
+                if self._looks:
+                    self._lines[kind, number] = _line()
             result = self._call_quantized(func, f"{kind}#{number}", args, kwargs, dict(operands))
         # Afterwards, as a call that raises is not recorded either.
         self.met[kind] = number + 1
@@ -122,6 +143,33 @@ class CallFrame(TorchFunctionMode):
         for kind, expected in self.sites.counts.items():
             if self.met[kind] < expected:
                 raise RuntimeError(self._too_few(kind))
+        if not self.module.training and self._lines:
+            self.sites.lines.update(self._lines)
+
+    def _may_follow(self, kind: str, line: Line) -> bool:
+        """Whether a call beyond those that were recorded is one of training alone.
+
+        It is if each quantized call of its kind was found where it stands in eval mode, which a
+        further call before one of them would have moved.
+        """
+        wanted = {call: at for call, at in self.sites.lines.items() if call[0] == kind}
+        found = {call: at for call, at in self._lines.items() if call[0] == kind}
+        quantized = {call for call in self.sites.quantized if call[0] == kind}
+        return (
+            self.module.training
+            and found.keys() == quantized
+            and found == wanted
+            and line not in found.values()
+        )
+
+    def _is_recomputed(self) -> bool:
+        """Whether a part of this forward is running that the backward pass will run again."""
+        hooks = _saved_tensors_hooks()
+        if hooks is not None and hooks != self._hooks:
+            return getattr(hooks[0], "__module__", "") == CheckpointFunction.__module__
+        if torch.is_grad_enabled() or not self._grad_mode:
+            return False
+        return any(code is CheckpointFunction.forward.__code__ for code, _ in _stack())
 
     def _call_quantized(
         self,
@@ -187,7 +235,7 @@ class CallFrame(TorchFunctionMode):
         return (
             f"{self._site(f'{kind}#{expected}')}: {qualified_name(self.module)} makes more calls "
             f"of {kind!r} than the {expected} that were recorded, so it is not known which of "
-            f"them are quantized; {_ADVICE}"
+            f"them are quantized; {self._advice(kind)}"
         )
 
     def _too_few(self, kind: str) -> str:
@@ -196,18 +244,61 @@ class CallFrame(TorchFunctionMode):
         sites = ", ".join(self._site(call) for call in missed) or self._site(kind)
         return (
             f"{sites} not met: {qualified_name(self.module)} made {met} calls of {kind!r}, "
-            f"{expected} were recorded; {_ADVICE}"
+            f"{expected} were recorded; {self._advice(kind)}"
         )
 
     def _no_operand(self, call: str, operand: Operand) -> str:
         where = quantizer_key("", operand).strip("_")
-        return f"{self._site(call)}: there is no tensor at {where}, which is quantized; {_ADVICE}"
+        return (
+            f"{self._site(call)}: there is no tensor at {where}, which is quantized; "
+            f"{self._advice(call.partition('#')[0])}"
+        )
+
+    def _recomputed(self, call: str) -> str:
+        return (
+            f"{self._site(call)} is in a part of the forward of {qualified_name(self.module)} that "
+            "torch.utils.checkpoint runs again in the backward pass, where it would not be "
+            "quantized; checkpoint the whole module instead, or one inside of it as "
+            f"checkpoint(self.block, x), or leave the call float with the rule "
+            f"{{{self._site(call)!r}: None}}"
+        )
+
+    def _advice(self, kind: str) -> str:
+        rules = {self._site(f"{k}#{n}"): None for k, n in self.sites.quantized if k == kind}
+        return (
+            "quantize() records in eval mode what its example_inputs make the model do: give it "
+            "inputs that take this path, or, for a path of training alone, leave the quantized "
+            f"calls float with the rules {rules}. If this happens in torch.export, pass "
+            "strict=False"
+        )
 
 
-_ADVICE = (
-    "quantize() the model with example_inputs that take this path, or leave these calls float with "
-    "a rule such as {'layer1.0/add#0': None}. If this happens in torch.export, pass strict=False"
-)
+def _saved_tensors_hooks() -> Any:
+    # The argument: also while something is traced.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _stack() -> list[tuple[CodeType, int]]:
+    """The functions that are running between the start of a forward and a call in it.
+
+    Innermost first, each with the instruction that it has come to.
+    """
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != _FRAMES:
+        # Hooks change the way through the call of a module.
+        if frame.f_globals.get("__name__") not in (__name__, nn.Module.__module__):
+            found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return found
+
+
+def _line() -> Line:
+    return tuple((code.co_name, at) for code, at in _stack())
+
+
+# Where a frame is entered.
+_FRAMES = "pytorch_quant.placement.frames"
 _IN_PLACE = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "mod")
 )

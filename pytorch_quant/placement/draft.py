@@ -9,6 +9,7 @@ from torch import nn
 from pytorch_quant.dataflow import Call, Dataflow
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.nn.mixins import QuantInputMixin
+from pytorch_quant.op_kinds import own_name
 from pytorch_quant.placement.float_layers import reason_to_leave
 from pytorch_quant.placement.frame_counts import calls_by_run, uneven
 from pytorch_quant.placement.layers import Layer, check_scheme, find_layers, weight_descriptor
@@ -83,7 +84,10 @@ class Draft:
         for call in self.flow.calls:
             if call.op in kinds and "#" in call.site and call.module not in self.layers:
                 sites[call.site] = call.op
-        return rules.bind(self.flow.modules, sites)
+        functions = {call.site: own_name(call.function) for call in self.flow.calls}
+        return rules.bind(
+            self.flow.modules, sites, {site: functions[site] for site in sites if site in functions}
+        )
 
     def calls(self, *kinds: str) -> Iterator[tuple[Call, Layer | None]]:
         """The calls of some kinds that can be planned, with the layer that they are, if any."""

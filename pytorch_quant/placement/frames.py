@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pytorch_quant.placement.call_sites import QUANTIZERS, CallFrame, CallSites, enclosing_frame
 
@@ -57,11 +58,36 @@ class Sited(Framed):
                 yield name, child
 
 
+def _beside_the_quantizers(name: str) -> Callable:
+    """A method of the container that finds its entries alone, and the quantizers last again."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = self._modules.pop(QUANTIZERS, None)
+        try:
+            return getattr(super(self._of_own, self), name)(*args, **kwargs)
+        finally:
+            if held is not None:
+                self._modules[QUANTIZERS] = held
+
+    method.__name__ = name
+    return method
+
+
 class _ListOfOwn:
     """Mixin for `nn.Sequential` and `nn.ModuleList`: the quantizers are not one of the entries."""
 
     _modules: dict[str, nn.Module]
     _framed_base: ClassVar[type]
+    _of_own: ClassVar[type]
+
+    __setitem__ = _beside_the_quantizers("__setitem__")
+    __delitem__ = _beside_the_quantizers("__delitem__")
+    __iadd__ = _beside_the_quantizers("__iadd__")
+    add_module = _beside_the_quantizers("add_module")
+    append = _beside_the_quantizers("append")
+    extend = _beside_the_quantizers("extend")
+    insert = _beside_the_quantizers("insert")
+    pop = _beside_the_quantizers("pop")
 
     def _own(self) -> dict[str, nn.Module]:
         return {n: child for n, child in self._modules.items() if n != QUANTIZERS}
@@ -74,7 +100,7 @@ class _ListOfOwn:
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
-            # They were added last, which moves no index.
+            # They are always last, which moves no index.
             return super().__getitem__(index)  # type: ignore[misc]
         chosen = list(self._own().items())[index]
         base: Any = self._framed_base
@@ -83,10 +109,16 @@ class _ListOfOwn:
         return base([child for _, child in chosen])
 
 
+_ListOfOwn._of_own = _ListOfOwn
+
+
 class _DictOfOwn:
     """Mixin for `nn.ModuleDict`: the quantizers are not one of the entries."""
 
     _modules: dict[str, nn.Module]
+    _of_own: ClassVar[type]
+
+    clear = _beside_the_quantizers("clear")
 
     _own = _ListOfOwn._own
     __len__ = _ListOfOwn.__len__
@@ -107,6 +139,9 @@ class _DictOfOwn:
         return self._own().values()  # type: ignore[misc]
 
 
+_DictOfOwn._of_own = _DictOfOwn
+
+
 def framed_class(base: type, sited: bool = False) -> type:
     """The subclass of a class of modules whose instances run inside frames.
 
@@ -114,6 +149,11 @@ def framed_class(base: type, sited: bool = False) -> type:
         base: The class; of a framed class, the class that it was made of counts.
         sited: Its calls can be quantized; otherwise they are merely told apart.
     """
+    made_by_torch = base.__module__ == parametrize.__name__
+    if made_by_torch and not hasattr(parametrize, base.__name__):
+        # The class of one parametrized module. When the last parametrization is removed, torch
+        # deletes from it and goes back to its base, which has to be framed as well.
+        return _parametrized(base, framed_class(base.__bases__[0], sited))
     origin: Any = base
     if issubclass(base, Framed):
         origin, sited = base._framed_base, sited or issubclass(base, Sited)
@@ -138,6 +178,15 @@ def _make_class(base: Any, sited: bool) -> type:
             mixins = (Sited, _DictOfOwn)
         namespace["forward"] = _entering(base.forward)
     return type(base)(base.__name__, (*mixins, base), namespace)
+
+
+@functools.cache
+def _parametrized(base: type, framed: type) -> type:
+    if base.__bases__[0] is framed:
+        return base
+    slots = ("__dict__", "__weakref__")
+    namespace = {name: part for name, part in vars(base).items() if name not in slots}
+    return type(framed)(base.__name__, (framed,), namespace)
 
 
 def _calling(call: Callable) -> Callable:

@@ -85,7 +85,7 @@ def make_plan(
     draft = Draft(model, flow, checked, placement)
     signs = Signs(draft.tracing)
     draft.add_products()
-    add_residuals(draft, signs)
+    add_residuals(draft)
     readers = add_requantized(draft)
     outputs = output_uses(draft, readers) if is_fused_runtime(placement) else []
     uses = _agreed(draft, [*draft.uses, *outputs])

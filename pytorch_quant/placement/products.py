@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pytorch_quant.dataflow import Call
+from pytorch_quant.einsum import MatrixProduct, matrix_product
 from pytorch_quant.op_kinds import IDENTITIES, RESHAPES
 from pytorch_quant.placement.float_layers import ConvShape, ProductShape
 from pytorch_quant.placement.plan import Operand
@@ -142,37 +143,43 @@ def _activation_shape(
     keys = None
     if _reaches_softmax(call, tracing):
         keys = n
-    elif _comes_from_softmax(call, tracing):
+    elif _comes_from_softmax(call.inputs[0], tracing):
         keys = a[-1]
     return ProductShape(a[-2], a[-1], n, keys)
 
 
 def _einsum(call: Call, tracing: Tracing) -> Product | None:
     equation = call.args[0] if call.args else None
-    if not isinstance(equation, str) or "->" not in equation:
-        return None
-    terms, result = equation.replace(" ", "").split("->")
     listed = len(call.args) == 2 and isinstance(call.args[1], (list, tuple))
     paths: list[Operand] = [(1, 0), (1, 1)] if listed else [(1,), (2,)]
     items = call.args[1] if listed else call.args[1:]
-    if terms.count(",") != 1 or len(items) != 2 or "..." in equation:
-        return None
-    left, right = terms.split(",")
-    summed = (set(left) & set(right)) - set(result)
-    free = [set(term) - set(other) for term, other in ((left, right), (right, left))]
-    repeated = any(len(set(term)) != len(term) for term in (left, right, result))
-    # A letter of one factor alone that is not in the result is a sum of its own, not a product.
-    if repeated or not summed or not all(free) or not (free[0] | free[1]) <= set(result):
+    if not isinstance(equation, str) or len(items) != 2:
         return None
     sides = [(path, item.value) for path, item in zip(paths, items, strict=True)]
+    a, b = (tracing.shape(value) for _, value in sides)
+    found = matrix_product(equation, len(a), len(b))
+    if found is None:
+        return None
     active = [tracing.active(value) for _, value in sides]
     if all(active):
-        return Product(call, tuple(sides))
-    for index, term in ((1, right), (0, left)):
+        sizes = ProductShape(*found.sizes(a, b, None), _einsum_keys(call, tracing, found))
+        return Product(call, tuple(sides), shape=sizes)
+    for index, term, free in ((1, found.right, found.columns), (0, found.left, found.rows)):
         if active[1 - index] and tracing.constant(sides[index][1]):
-            axis = term.index(next(iter(free[index]))) if len(free[index]) == 1 else None
+            axis = term.index(next(iter(free))) if len(free) == 1 else None
+            summed = found.summed
             inner = term.index(next(iter(summed))) if len(summed) == 1 else None
-            return Product(call, (sides[1 - index],), sides[index], axis, inner)
+            sizes = ProductShape(*found.sizes(a, b, index))
+            return Product(call, (sides[1 - index],), sides[index], axis, inner, sizes)
+    return None
+
+
+def _einsum_keys(call: Call, tracing: Tracing, product: MatrixProduct) -> int | None:
+    """The length of the softmax that an einsum stands before or behind."""
+    if _reaches_softmax(call, tracing):
+        return tracing.shape(call.outputs[0])[-1]
+    if any(_comes_from_softmax(value, tracing) for value in call.inputs):
+        return product.size(product.summed, *(tracing.shape(value) for value in call.inputs))
     return None
 
 
@@ -200,8 +207,8 @@ def _reaches_softmax(call: Call, tracing: Tracing) -> bool:
     return False
 
 
-def _comes_from_softmax(call: Call, tracing: Tracing) -> bool:
-    producer = tracing.flow.producer(call.inputs[0]) if call.inputs else None
+def _comes_from_softmax(value: int, tracing: Tracing) -> bool:
+    producer = tracing.flow.producer(value)
     while producer is not None and producer.inputs and producer.op in IDENTITIES | RESHAPES | CASTS:
         producer = tracing.flow.producer(producer.inputs[0])
     return producer is not None and producer.op == "softmax"

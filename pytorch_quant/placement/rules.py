@@ -10,14 +10,17 @@
     }
 
 Weak to strong: the default (INT8), a type or function, a glob, an exact name. A name or type that
-fits a module applies to all inside of it. Among exact names the nearest enclosing module wins;
-within every other kind the later entry.
+fits a module applies to all inside of it, also a type that fits the model, whose exact name is "".
+A module that is reachable by several names has them all. Among exact names the nearest enclosing
+module wins; within every other kind the later entry. A function with one form for each number of
+dimensions, such as `F.conv1d`, means that form alone, and the layers that call it.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from pytorch_quant.op_kinds import op_kind
+from pytorch_quant.op_kinds import dimensions, op_kind, own_name
 from pytorch_quant.scheme import INT8, PRESETS, Scheme
 
 _ACCEPTED = (
@@ -84,24 +87,32 @@ class Rules:
             else:
                 raise TypeError(f"no rule can have the key {key!r}; {_ACCEPTED}")
 
-    def bind(self, modules: Mapping[str, nn.Module], sites: Mapping[str, str]) -> BoundRules:
+    def bind(
+        self,
+        modules: Mapping[str, nn.Module],
+        sites: Mapping[str, str],
+        functions: Mapping[str, str] | None = None,
+    ) -> BoundRules:
         """The rules for one model.
 
         Args:
             modules: Its modules by qualified name.
             sites: Everything that could be quantized: layers by name and calls by site, with their
                 kinds of op.
+            functions: The names of the functions that are called at sites.
 
         Raises:
             ValueError: a name or glob that fits nothing, or a scheme for a name with nothing to
                 quantize.
         """
-        names = set(modules) | set(sites)
+        paths = _Paths(modules)
+        names = set(paths.modules) | {name for site in sites for name in paths.levels(site)[0]}
+        inside = {name for site in sites for level in paths.levels(site) for name in level}
         exact: dict[str, Scheme | None] = {}
         globs: list[tuple[str, re.Pattern, Scheme | None]] = []
         for key, scheme in self._strings:
             if key in names:
-                if scheme is not None and not any(key in _enclosing(site) for site in sites):
+                if scheme is not None and key not in inside:
                     raise ValueError(
                         f"rule {key!r}: the model has it, but nothing in it can be quantized; "
                         "remove the rule"
@@ -113,7 +124,7 @@ class Rules:
             if not is_glob or not any(pattern.match(name) for name in names):
                 raise ValueError(_unknown(key, is_glob, names))
             globs.append((key, pattern, scheme))
-        return BoundRules(modules, exact, globs, self._types, sites)
+        return BoundRules(paths, exact, globs, self._types, sites, functions or {})
 
 
 class BoundRules:
@@ -125,13 +136,15 @@ class BoundRules:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        paths: _Paths,
         exact: Mapping[str, Scheme | None],
         globs: list[tuple[str, re.Pattern, Scheme | None]],
         types: list[tuple[Any, Scheme | None]],
         sites: Mapping[str, str],
+        functions: Mapping[str, str],
     ) -> None:
-        self._modules = modules
+        self._paths = paths
+        self._functions = functions
         self._exact = exact
         self._globs = globs
         self._types = types
@@ -148,12 +161,13 @@ class BoundRules:
             site: The qualified name of a layer, or `module/op#k`.
             op: Its kind.
         """
-        around = list(_enclosing(site))
-        for name in around:
-            if name in self._exact:
-                return Choice(self._exact[name], "exact", aimed=name == site)
+        levels = self._paths.levels(site)
+        for distance, level in enumerate(levels):
+            named = [name for name in self._exact if name in level]
+            if named:
+                return Choice(self._exact[named[-1]], "exact", aimed=distance == 0)
         for key, pattern, scheme in reversed(self._globs):
-            if any(pattern.match(name) for name in around):
+            if any(pattern.match(name) for level in levels for name in level):
                 return Choice(scheme, "default" if key == "*" else "glob")
         for key, scheme in reversed(self._types):
             fit = self._fits(key, site, op)
@@ -164,15 +178,61 @@ class BoundRules:
     def _fits(self, key: Any, site: str, op: str) -> bool | None:
         """Whether a type or function means this site itself; None if it does not fit at all."""
         if not isinstance(key, type):
-            return True if op_kind(key) == op else None
-        for name in _enclosing(site):
-            if isinstance(self._modules.get(name), key):
-                return name == site
+            return True if op_kind(key) == op and self._fits_dimensions(key, site) else None
+        for distance, level in enumerate(self._paths.levels(site)):
+            if any(isinstance(self._paths.modules.get(name), key) for name in level):
+                return distance == 0
         return None
+
+    def _fits_dimensions(self, key: Any, site: str) -> bool:
+        name = self._functions.get(site)
+        if name is None:
+            # A layer has the name of the function that it calls: nn.AvgPool2d, F.avg_pool2d.
+            layer = type(self._paths.modules.get(site)).__name__
+            name = re.sub("(?<=[a-z])(?=[A-Z])", "_", layer).lower()
+        pair = {dimensions(own_name(key)), dimensions(name)} - {""}
+        return len(pair) < 2
+
+
+class _Paths:
+    """The names of the modules of a model, those of a shared module all of them.
+
+    Args:
+        modules: The modules, a shared one once.
+
+    Attributes:
+        modules: The modules by each of their names.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = dict(modules)
+        if "" in modules:
+            self.modules.update(modules[""].named_modules(remove_duplicate=False))
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in self.modules.items():
+            names.setdefault(module, []).append(name)
+        self._names = {name: names[module] for name, module in modules.items()}
+        self._levels: dict[str, list[tuple[str, ...]]] = {}
+
+    def levels(self, site: str) -> list[tuple[str, ...]]:
+        """The names of a site, then those of the modules around it, nearest first."""
+        if site not in self._levels:
+            module, slash, call = site.rpartition("/")
+            module = module if slash else site
+            chains = [
+                list(_enclosing(f"{name}{slash}{call if slash else ''}"))
+                for name in self._names.get(module, [module])
+            ]
+            levels = [
+                tuple(name for name in level if name) for level in itertools.zip_longest(*chains)
+            ]
+            # The model is the last around each of them, however long the way.
+            self._levels[site] = [level for level in levels if level] + [("",)]
+        return self._levels[site]
 
 
 def _enclosing(site: str) -> Iterator[str]:
-    """The site and the modules around it, nearest first; the model itself has no name to match."""
+    """The site and the modules around it, nearest first; the last is the model itself."""
     yield site
     module, slash, _ = site.rpartition("/")
     if slash and module:
@@ -181,6 +241,8 @@ def _enclosing(site: str) -> Iterator[str]:
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
+    if site:
+        yield ""
 
 
 def _checked_scheme(key: Any, value: Any) -> Scheme | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from typing import Any
 
-from pytorch_quant.dataflow import Call
-from pytorch_quant.op_kinds import MOVEMENTS
+from pytorch_quant.dataflow import Call, Ref
+from pytorch_quant.op_kinds import MOVEMENTS, own_name
 from pytorch_quant.placement.sharing import Groups, Key
 from pytorch_quant.placement.tracing import CASTS, Tracing
 
@@ -33,16 +34,21 @@ class Signs:
         if call.op in _NONNEGATIVE:
             return True
         if call.op == "clamp":
+            name = own_name(call.function)
+            if name in ("relu6", "clamp_max"):
+                return name == "relu6"
             low = call.argument(1, "min", call.kwargs.get("min_val"))
-            named_max = getattr(call.function, "__name__", "").strip("_") == "clamp_max"
-            return not named_max and isinstance(low, (int, float)) and low >= 0
+            high = call.argument(2, "max", call.kwargs.get("max_val"))
+            return _is_nonnegative(low) and (high is None or _is_nonnegative(high))
         if call.op == "interpolate" and call.argument(3, "mode", "nearest") == "bicubic":
             return False
         if call.op == "pad" and call.argument(3, "value", None):
             return False
         if call.op in _KEEP_SIGN:
-            numbers = [item for item in call.args if isinstance(item, (int, float))]
-            if call.op == "add" and any(number < 0 for number in numbers):
+            given = [item for item in (*call.args, *call.kwargs.values()) if item is not None]
+            if call.op == "add" and not all(
+                isinstance(i, Ref) or _is_nonnegative(i) for i in given
+            ):
                 return False
             return bool(call.inputs) and all(self._nonnegative[v] for v in call.inputs)
         return False
@@ -70,3 +76,7 @@ class Signs:
         if isinstance(key, int):
             return self._nonnegative[key] and key not in self._signed
         return isinstance(key, tuple) and key[0] == "probabilities"
+
+
+def _is_nonnegative(item: Any) -> bool:
+    return isinstance(item, (int, float)) and item >= 0

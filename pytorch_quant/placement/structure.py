@@ -16,7 +16,6 @@ from pytorch_quant.placement.requantized import (
 )
 from pytorch_quant.placement.residuals import ResidualAdd, find_add, identity_side
 from pytorch_quant.placement.rules import Choice
-from pytorch_quant.placement.signs import Signs
 
 
 def is_fused_runtime(placement: str) -> bool:
@@ -29,8 +28,13 @@ def is_fused_runtime(placement: str) -> bool:
     return placement in ("onnxruntime", "openvino")
 
 
-def add_residuals(draft: Draft, signs: Signs) -> None:
-    """Quantize the operands of residual adds (L4); for ONNX Runtime and OpenVINO both."""
+def add_residuals(draft: Draft) -> None:
+    """Quantize the operands of residual adds (L4); for ONNX Runtime and OpenVINO both.
+
+    The two may differ in sign. ONNX Runtime turns signed activations into unsigned ones with a
+    zero point, so that its integer add takes both; a ReLU in front of signed codes it would keep
+    as a float operation of its own, and with it the convolution before.
+    """
     for add, choice in draft.residual_adds():
         call = add.call
         if not any(add.convolutions) and not choice.aimed:
@@ -52,9 +56,6 @@ def add_residuals(draft: Draft, signs: Signs) -> None:
             path, value = add.sides[index]
             reason = "identity of a residual add (L4)" if len(sides) == 1 else "operand of an add"
             draft.take(call, path, draft.tracing.root(value), descriptor, reason)
-        if len(sides) == 2:
-            # The integer add takes two inputs of one type.
-            signs.agree(*(draft.tracing.root(value) for _, value in add.sides))
 
 
 def _sides(draft: Draft, add: ResidualAdd, choice: Choice) -> list[int]:
@@ -137,7 +138,7 @@ def _add_pair(draft: Draft, readers: Readers, call: Call) -> None:
     if not sides or taken or draft.had_quantizer(call, list(sides.values())):
         return
     add = find_add(call, draft.tracing, draft.products)
-    if add is not None and any(add.convolutions):
+    if add is not None and identity_side(add, draft.tracing, draft.products) is not None:
         return
     descriptor = _requantized_descriptor(draft, readers, call, "(L8)")
     if descriptor is None:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from pytorch_quant import distributed
 from pytorch_quant.batches import Forward, call_model, copied, count, each
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
-from pytorch_quant.calib.counting import counting_threads
 from pytorch_quant.calib.faults import one_pass, raise_named
 from pytorch_quant.calib.observation import shared_observations
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
@@ -218,7 +217,7 @@ def _run(
     calibrators = [quantizer._calibrator for quantizer in collecting.values()]
     restore = _snapshot(calibrators)
     waiting = faults_wait(collecting.values() if lockstep else ())
-    with counting_threads(), shared_observations(), one_pass() as current, waiting as faults:
+    with shared_observations(), one_pass() as current, waiting as faults:
         try:
             for batch, own in in_step(batches, faults) if lockstep else zip(batches, repeat(True)):
                 if not own:

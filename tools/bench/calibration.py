@@ -30,7 +30,6 @@ from tqdm import tqdm
 from pytorch_quant import calibrate, compute_amax
 from pytorch_quant import nn as quant_nn
 from pytorch_quant.calib import HistogramCalibrator
-from pytorch_quant.calib.counting import counting_threads
 from pytorch_quant.calib.observation import shared_observations
 from pytorch_quant.models import BasicBlock, ResNet, resnet50
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
@@ -212,8 +211,8 @@ def pass_cases(model: nn.Module, plan: Plan) -> list[Case]:
 def pass_rows(model: nn.Module, plan: Plan) -> list[Row]:
     """Collecting passes against the pass in float32."""
     cases = pass_cases(model, plan)
-    # As `calibrate` runs batches; the threads are started once for all of them.
-    with torch.no_grad(), counting_threads():
+    # As `calibrate` runs batches.
+    with torch.no_grad():
         times = interleaved(
             cases,
             plan.rounds,

@@ -22,12 +22,18 @@ class Attention:
         between: The nodes between it and the softmax.
         softmax: The Softmax.
         values: The second product.
+        second: Which input of the second product v is.
+        keys: The length of the softmax, None where it varies or is unknown.
+        head: The size of a head, None likewise.
     """
 
     scores: Node
     between: tuple[Node, ...]
     softmax: Node
     values: Node
+    second: int
+    keys: int | None
+    head: int | None
 
 
 def attentions(graph: Graph) -> list[Attention]:
@@ -55,11 +61,13 @@ def _attention(graph: Graph, softmax: Node) -> Attention | None:
     for _ in range(8):
         # Dropout, Cast and the Q/DQ pair stand between the softmax and the second product.
         readers = graph.consumers(probabilities)
-        product = next((n for n in readers if n.input(0) == probabilities), None)
+        product = next((n for n in readers if _takes_first(n, probabilities)), None)
         if product is None or not product.outputs:
             return None
         if _is_product(graph, product):
-            return Attention(node, tuple(between), softmax, product)
+            second = 1 if product.input(0) == probabilities else 0
+            sizes = _keys_and_head(graph, node)
+            return Attention(node, tuple(between), softmax, product, second, *sizes)
         if product.op not in (_Q, _DQ, "Cast") and not moves(product):
             return None
         probabilities = product.outputs[0]
@@ -67,7 +75,21 @@ def _attention(graph: Graph, softmax: Node) -> Attention | None:
 
 
 def _is_product(graph: Graph, node: Node) -> bool:
-    return node.op == "MatMul" and not any(graph.constant(name) for name in node.inputs)
+    multiplies = node.op == "MatMul" or graph.einsum(node) is not None
+    return multiplies and not any(graph.constant(name) for name in node.inputs)
+
+
+def _takes_first(node: Node, tensor: str) -> bool:
+    """Whether a node reads a tensor as its data; of an Einsum, either factor is."""
+    return node.input(0) == tensor or (node.op == "Einsum" and tensor in node.inputs)
+
+
+def _keys_and_head(graph: Graph, scores: Node) -> tuple[int | None, int | None]:
+    a, b = (graph.shape(scores.input(i)) for i in (0, 1))
+    einsum = graph.einsum(scores)
+    if einsum is not None and a and b:
+        return einsum.size({einsum.result[-1]}, a, b), einsum.size(einsum.summed, a, b)
+    return b[-1] if b else None, a[-1] if a else None
 
 
 def _leads_to_scores(graph: Graph, node: Node | None) -> bool:
@@ -117,8 +139,8 @@ def attention_pairs(graph: Graph) -> Iterator[Problem]:
         operands = {
             "q": first.input(0),
             "k": first.input(1),
-            "the softmax": second.input(0),
-            "v": second.input(1),
+            "the softmax": second.input(1 - found.second),
+            "v": second.input(found.second),
         }
         dqs = {name: source_dq(graph, tensor) for name, tensor in operands.items()}
         scaled = {name: _scaled_dq(graph, tensor) for name, tensor in operands.items()}
@@ -151,24 +173,26 @@ def attention_pairs(graph: Graph) -> Iterator[Problem]:
                 )
                 break
         dq = dqs["q"]
-        shape = graph.shape(first.input(0))
         kind = {INT8: "int8", E4M3: "fp8"}.get(code_type(graph, dq) if dq else 0, "")
-        reason = head_size_reason(kind, shape[-1] if shape else None)
+        reason = head_size_reason(kind, found.head)
         if reason and all(dqs.values()):
             yield Problem(first, reason, "leave this attention float: disable() its quantizers")
 
 
 @rule("H5", "performance", title="INT8 attention has at most 512 entries in its sequence")
 def long_sequences(graph: Graph) -> Iterator[Problem]:
-    """H5, performance (S6, `find_nodes_from_mha_to_exclude`): the length is that of the keys."""
+    """H5, performance (S6, `find_nodes_from_mha_to_exclude`): the length is that of the keys.
+
+    A finding for each of the two products that is quantized.
+    """
     for found in attentions(graph):
-        dq = source_dq(graph, found.scores.input(1))
-        shape = graph.shape(found.scores.input(1))
-        reason = sequence_reason(shape[-1] if shape else None)
-        if reason and dq is not None and code_type(graph, dq) == INT8:
-            yield Problem(
-                found.scores, reason, "leave this attention float: disable() its quantizers"
-            )
+        reason = sequence_reason(found.keys)
+        for product, index in ((found.scores, 1), (found.values, found.second)):
+            dq = source_dq(graph, product.input(index))
+            if reason and dq is not None and code_type(graph, dq) == INT8:
+                yield Problem(
+                    product, reason, "leave this attention float: disable() its quantizers"
+                )
 
 
 def _scaled_dq(graph: Graph, tensor: str) -> Node | None:

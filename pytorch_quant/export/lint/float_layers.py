@@ -17,6 +17,7 @@ from pytorch_quant.export.lint.grids import (
     dqs_of,
     endpoints,
     source_dq,
+    weight_input,
 )
 from pytorch_quant.export.lint.operators import (
     COPIES_AND_ACTIVATIONS,
@@ -84,12 +85,15 @@ def fp8_conv_reason(cin: int, cout: int, kernel: Sequence[int]) -> str | None:
 
 
 def product_sizes(graph: Graph, node: Node) -> tuple[int | None, int | None, int | None]:
-    """M, K and N of a Gemm or MatMul, None where unknown; M is None where it may hold the batch.
+    """M, K and N of a product, None where unknown; M is None where it may hold the batch.
 
     With a weight it may: `(8, 1, K)` is eight samples as well as eight rows. So it may in a product
     of two dimensions.
     """
     a, b = graph.shape(node.input(0)), graph.shape(node.input(1))
+    einsum = graph.einsum(node)
+    if einsum is not None and a and b:
+        return einsum.sizes(a, b, weight_input(graph, node))
     if not a or not b or len(a) < 2 or len(b) < 2:
         return None, None, None
     if node.op == "Gemm":
@@ -140,7 +144,7 @@ def vectors(graph: Graph) -> Iterator[Problem]:
     Of products with a weight the source judges M in two dimensions, where it is the batch; here the
     batch is never judged, so M is one of products of two activations.
     """
-    for node in graph.of("Gemm", "MatMul"):
+    for node in graph.products():
         m, _, n = product_sizes(graph, node)
         reason = vector_reason(m, n)
         if reason and quantized_type(graph, node):
@@ -150,7 +154,7 @@ def vectors(graph: Graph) -> Iterator[Problem]:
 @rule("H2", "performance", title="A product with K or N below 16 stays float")
 def small_products(graph: Graph) -> Iterator[Problem]:
     """H2, performance (S6, `find_nodes_from_matmul_to_exclude`); what H1 finds is left to it."""
-    for node in graph.of("Gemm", "MatMul"):
+    for node in graph.products():
         m, k, n = product_sizes(graph, node)
         reason = small_product_reason(k, n)
         if reason and not vector_reason(m, n) and quantized_type(graph, node):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pytorch_quant.einsum import MatrixProduct, matrix_product
 from pytorch_quant.export.lint.operators import QDQ
 
 _LARGE = 1024
@@ -118,6 +119,18 @@ class Graph:
     def sole_consumer(self, tensor: str) -> bool:
         """Whether one node and no graph output reads `tensor`."""
         return len(self.uses(tensor)) == 1 and tensor not in self.outputs
+
+    def einsum(self, node: Node) -> MatrixProduct | None:
+        """The matrix product that an Einsum of two tensors of known rank is; None for any other."""
+        shapes = [self.shape(name) for name in node.inputs]
+        if node.op != "Einsum" or len(shapes) != 2 or None in shapes:
+            return None
+        equation = bytes(node.attrs.get("equation", b"")).decode()
+        return matrix_product(equation, *(len(shape or ()) for shape in shapes))
+
+    def products(self) -> list[Node]:
+        """The nodes that multiply matrices: Gemm, MatMul, and Einsum where it is one of them."""
+        return [n for n in self.nodes if n.op in ("Gemm", "MatMul") or self.einsum(n)]
 
     def entries(self, tensor: str) -> int | None:
         """The number of entries of `tensor`, None if a dimension varies or is unknown."""

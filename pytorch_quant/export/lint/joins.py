@@ -9,6 +9,7 @@ import numpy as np
 
 from pytorch_quant.export.lint.attention import attentions
 from pytorch_quant.export.lint.finding import Problem, rule
+from pytorch_quant.export.lint.float_layers import quantized_type
 from pytorch_quant.export.lint.graph import Graph, Node
 from pytorch_quant.export.lint.grids import (
     endpoints,
@@ -16,9 +17,17 @@ from pytorch_quant.export.lint.grids import (
     only_quantized,
     source_dq,
 )
-from pytorch_quant.export.lint.operators import CONVOLUTIONS, NORMS_AND_CLIPS, POOLS, QDQ
+from pytorch_quant.export.lint.operators import (
+    CONVOLUTIONS,
+    NORMS_AND_CLIPS,
+    POOLS,
+    QDQ,
+    WEIGHTED,
+)
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
+_AFFINE = ("Mul", "Div", "Add", "Sub")
+_IDENTITIES = ("Cast", "Identity", "Dropout")
 # Elementwise functions of one tensor: a Mul of a tensor with one of them is an activation.
 _ELEMENTWISE = frozenset(
     [
@@ -42,22 +51,25 @@ _ELEMENTWISE = frozenset(
 
 
 def conv_side(graph: Graph, tensor: str) -> Node | None:
-    """The convolution at whose end `tensor` stands, for it alone, so that the Add can be fused.
+    """The quantized convolution at whose end `tensor` stands, for it alone, so that the Add fuses.
 
-    A Q/DQ pair in between is looked through, as are BatchNormalization, Relu and Clip.
+    A Q/DQ pair in between is looked through, as are BatchNormalization, Relu, Clip, casts, and
+    arithmetic with constants.
     """
     while graph.sole_consumer(tensor):
         node = graph.producer(tensor)
         if node is None or node.op in CONVOLUTIONS:
-            return node
-        if node.op not in (*NORMS_AND_CLIPS, *QDQ):
+            return node if node is not None and quantized_type(graph, node) else None
+        before = activations(graph, node)
+        rescaled = node.op in _AFFINE and len(before) == 1
+        if not (rescaled or node.op in (*NORMS_AND_CLIPS, *QDQ, *_IDENTITIES)) or not before:
             return None
-        tensor = node.input(0)
+        tensor = before[0]
     return None
 
 
 def distances(graph: Graph, tensor: str) -> dict[str, int]:
-    """For each tensor upstream, the fewest operators on the way; Q and DQ do not count."""
+    """For each tensor upstream, the fewest weighted operators on the way."""
     found = {tensor: 0}
     pending = deque([tensor])
     while pending:
@@ -65,12 +77,12 @@ def distances(graph: Graph, tensor: str) -> dict[str, int]:
         node = graph.producer(name)
         if node is None:
             continue
-        step = found[name] + (node.op not in QDQ)
+        step = found[name] + (node.op in WEIGHTED)
         for used in node.inputs:
             if used and not graph.constant(used) and found.get(used, step + 1) > step:
                 found[used] = step
                 # Breadth first with steps of 0 and 1: those of 0 go in front.
-                (pending.append if node.op not in QDQ else pending.appendleft)(used)
+                (pending.append if node.op in WEIGHTED else pending.appendleft)(used)
     return found
 
 
@@ -95,9 +107,9 @@ def activations(graph: Graph, node: Node) -> list[str]:
 def residual_add(graph: Graph) -> Iterator[Problem]:
     """L4, performance (S1, S5, S6, TensorRT #1992).
 
-    Judged where one branch ends in a convolution that only the Add reads. Of two such branches the
-    one with the shorter way to their common ancestor has the pair; either, if they are as long.
-    Where nothing is quantized around the Add, nothing is missing.
+    Judged where one branch ends in a quantized convolution that only the Add reads, whatever
+    becomes of the result, and both branches have one shape. Of two such branches the one with fewer
+    weighted operators since their common ancestor has the pair; either, if they are as long.
     """
     for node in graph.of("Add"):
         sides = activations(graph, node)
@@ -117,15 +129,16 @@ def residual_add(graph: Graph) -> Iterator[Problem]:
                 f"disable() the residual quantizer on the convolution side; keep {place}",
             )
         elif not any(quantized):
-            ends = endpoints(graph, node.outputs[0])
-            if any(end is not None and end.op == _Q for end in ends):
-                yield Problem(
-                    node,
-                    "its result is quantized and neither input is, so the identity stays float and "
-                    "the Add is not fused into the convolution",
-                    f"add a residual quantizer on {place}, the {which} branch: QuantAdd, or "
-                    "quantize(model, example_inputs=...)",
-                )
+            shapes = [graph.shape(name) for name in sides]
+            if None not in shapes and shapes[0] != shapes[1]:
+                continue
+            yield Problem(
+                node,
+                "its convolution is quantized and neither input is, so the identity stays float "
+                "and the Add is not fused into the convolution",
+                f"add a residual quantizer on {place}, the {which} branch: QuantAdd, or "
+                "quantize(model, example_inputs=...)",
+            )
         elif short is not None and quantized[1 - short]:
             yield Problem(
                 node,

@@ -30,7 +30,9 @@ GRID_PRESERVING = frozenset(
 )
 POOLS = ("AveragePool", "GlobalAveragePool")
 # What a runtime runs on integers if its inputs are.
-QUANTIZABLE = frozenset((*WEIGHTED, *POOLS, "Add", "Mul", "ReduceMean", "Concat", "LSTM", "GRU"))
+QUANTIZABLE = frozenset(
+    (*WEIGHTED, *POOLS, "Einsum", "Add", "Mul", "ReduceMean", "Concat", "LSTM", "GRU")
+)
 FLOAT_BY_DEFAULT = frozenset(
     ["Softmax", "LogSoftmax", "LayerNormalization", "Gelu", "Sigmoid", "Swish", "Exp", "Erf", "Div"]
 )

@@ -48,7 +48,10 @@ def both_operands(graph: Graph) -> Iterator[Problem]:
     float. Weight-only INT4 and FP4 are meant. A float weight that still lies on an int8 grid is W7,
     the products of attention are L12.
     """
-    for node in graph.of(*WEIGHTED):
+    products = set(graph.products())
+    for node in graph.nodes:
+        if node.op not in CONVOLUTIONS and node not in products:
+            continue
         weight = weight_input(graph, node)
         if weight is None:
             sides = [source_dq(graph, node.input(i)) is not None for i in (0, 1)]
