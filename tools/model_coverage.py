@@ -2,6 +2,7 @@
 
     python tools/model_coverage.py                       all networks, then docs/model_coverage.md
     python tools/model_coverage.py resnet18 'vit_*'      these alone, to the terminal
+    python tools/model_coverage.py --resume --jobs 2     those that do not pass yet, two at a time
 
 Each network has random weights, and batch-norm statistics of random images: otherwise its
 activations would vanish or overflow, and nothing would be tested. The exported file runs in ONNX
@@ -275,6 +276,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="names or patterns; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
+    parser.add_argument("--page", action="store_true", help="write the page of what has been run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     entries, left = torchvision_entries()
@@ -282,9 +284,9 @@ def main() -> int:
     if options.names:
         entries = [e for e in entries if any(fnmatch.fnmatch(e.name, n) for n in options.names)]
     done: dict[str, Row] = {}
-    if options.resume and RESULTS.exists():
+    if (options.resume or options.page) and RESULTS.exists():
         done = {r["name"]: Row(**r) for r in json.loads(RESULTS.read_text()) if not r["problem"]}
-    waiting = [entry for entry in entries if entry.name not in done]
+    waiting = [entry for entry in entries if entry.name not in done and not options.page]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=8) as pool:
         running = [pool.submit(_cover_by_name, entry.name) for entry in waiting]
@@ -294,7 +296,8 @@ def main() -> int:
             print(f"{row.name:40} {row.seconds:6.1f} s  {row.problem or 'pass'}", flush=True)
             if not options.names:
                 RESULTS.write_text(json.dumps([asdict(r) for r in done.values()], indent=1))
-    rows = [done[entry.name] for entry in entries]
+    left += [(entry.name, "not run") for entry in entries if entry.name not in done]
+    rows = [done[entry.name] for entry in entries if entry.name in done]
     if not options.names:
         PAGE.write_text(_page(rows, left))
     return any(row.problem for row in rows)

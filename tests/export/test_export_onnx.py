@@ -270,6 +270,38 @@ def test_every_quantizer_with_a_problem_is_named(tmp_path, calibrated):
         export_onnx(model, x, tmp_path / "m.onnx")
 
 
+class Auxiliary(nn.Module):
+    """A head that eval mode does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = quant_nn.QuantLinear(4, 4), quant_nn.QuantLinear(4, 3)
+
+    def forward(self, x, scale=1.0):
+        y = self.body(x) * scale
+        return (y, self.head(y)) if self.training else y
+
+
+@pytest.mark.parametrize("spoil", ["uncalibrated", "0", "bits"])
+def test_quantizers_that_are_not_met_may_be_in_any_state(tmp_path, spoil):
+    model, x = Auxiliary(), torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="not reached"):
+        calibrate(model, [x], progress=False)
+    assert not model.head._input_quantizer.calibrated
+    if spoil == "0":
+        model.head._input_quantizer.amax = 0.0
+    elif spoil == "bits":
+        model.head._input_quantizer.num_bits = 16
+    report = export_onnx(model.train(), (x, {"scale": 2.0}), tmp_path / "m.onnx")
+    assert model.training and report.quantize_nodes == 1
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model.eval()(x, 2.0).detach(), atol=1e-5)
+    model.body._weight_quantizer.amax = model.body._input_quantizer.amax = None
+    told = r"2 uncalibrated quantizer\(s\): body\._input_quantizer, body\._weight_quantizer\. Calib"
+    with pytest.raises(RuntimeError, match=told):
+        export_onnx(model, x, tmp_path / "m.onnx")
+
+
 def test_arguments_of_the_wrong_type(tmp_path, calibrated):
     model, x = calibrated
     with pytest.raises(TypeError, match="a tensor or a tuple of arguments, got list"):

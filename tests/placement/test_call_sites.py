@@ -1,12 +1,15 @@
 """Operands of calls, quantized while the forward runs, against NumPy."""
 
+import copy
 import operator
+import pickle
 
 import pytest
 import torch
 from hand_plans import Function, fq, place, plan, planned, quantized, rand
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.placement.apply import apply_plan
@@ -286,6 +289,83 @@ def test_a_call_too_many_is_told_when_it_happens():
     ):
         model(X, Y)
     assert not happened
+
+
+class InTraining(nn.Module):
+    """A sum that is quantized, and what training adds to it."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.in_training = training
+
+    def forward(self, x, y):
+        if self.training and self.in_training == "before":
+            x = x + y.sin()
+        for _ in range(2 if self.training and self.in_training == "again" else 1):
+            x = x + y
+        if self.training and self.in_training == "after":
+            return x, y.abs() + 1
+        return x
+
+
+def test_calls_of_training_alone_may_follow_the_quantized_ones():
+    model = quantized(InTraining("after"), planned(place("add#0", 1)), add=1)
+    assert torch.equal(model.eval()(X, Y), X + fq(Y))
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    model.register_forward_hook(lambda module, args, result: None)
+    first, second = model.train()(X, Y)
+    assert torch.equal(first, X + fq(Y)) and torch.equal(second, Y.abs() + 1)
+    assert torch.equal(model.eval()(X, Y), X + fq(Y))
+
+
+@pytest.mark.parametrize("when", ["before", "again", "after"])
+def test_calls_of_training_alone_never_move_the_quantized_ones(when):
+    model = quantized(InTraining(when), planned(place("add#0", 1)), add=1)
+    if when != "after":
+        # In that case nothing shows yet where the quantized call stands.
+        model.eval()(X, Y)
+    told = r"leave the quantized calls float with the rules \{'/add#0': None\}"
+    with pytest.raises(RuntimeError, match=f"^/add#1: .* {told}"):
+        model.train()(X, Y)
+
+
+class Recomputed(nn.Module):
+    """A part of the forward that holds a sum and a product, one of them quantized."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def part(self, x):
+        return (x + 1) * 2
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.part(x)
+        return checkpoint(self.part, x, use_reentrant=self.reentrant) - x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_quantized_calls_that_the_backward_pass_would_run_again(reentrant):
+    model = quantized(Recomputed(reentrant), planned(place("add#0", 0)), add=1)
+    told = r"^/add#0 is in a part of the forward of Recomputed that torch.utils.checkpoint"
+    with pytest.raises(RuntimeError, match=told):
+        model(X.clone().requires_grad_())
+    with torch.no_grad():
+        # Nothing is kept for a backward pass.
+        assert torch.equal(model(X.clone().requires_grad_()), (fq(X) + 1) * 2 - X)
+    whole = quantized(Recomputed(None), planned(place("add#0", 0)), add=1)
+    x = X.clone().requires_grad_()
+    checkpoint(whole, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, 2.0 * (X.abs() <= 1.5))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_calls_beside_the_quantized_ones_may_be_run_again(reentrant):
+    model = quantized(Recomputed(reentrant), planned(place("sub#0", 1)), add=1, sub=1)
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert torch.equal(x.grad, 2.0 - (X.abs() <= 1.5).float())
 
 
 def test_an_operand_that_is_no_tensor():

@@ -328,6 +328,33 @@ def test_a_parametrized_layer_is_quantized_at_its_call():
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
 
 
+def test_parametrizations_of_a_quantized_layer_are_removed():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    model = nn.Sequential(nn.Linear(6, 4))
+    weight = model[0].weight.detach().clone()
+    for name in ("weight", "bias"):
+        parametrize.register_parametrization(model[0], name, Halved())
+    apply_plan(model, plan(planned(place("linear#0", 0, module="0")), counts={"0": {"linear": 1}}))
+    x, layer = rand(3, 6), model[0]
+    expected = model(x)
+    kind = parametrize.type_before_parametrizations(layer)
+    assert type(layer) is framed_class(type(layer)) and issubclass(kind, nn.Linear)
+    parametrize.remove_parametrizations(layer, "bias")
+    torch.testing.assert_close(model(x), expected)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is kind is framed_class(nn.Linear, sited=True)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(expected, F.linear(fq(x), weight / 2, layer.bias))
+    parametrize.register_parametrization(layer, "weight", Halved())
+    assert type(layer) is framed_class(type(layer))
+    torch.testing.assert_close(model(x), F.linear(fq(x), weight / 4, layer.bias))
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is kind
+
+
 def test_subclass_registries_do_not_see_the_framed_class():
     class Registered(nn.Module):
         classes: ClassVar[list] = []

@@ -68,3 +68,43 @@ def test_a_forward_that_iterates_sees_its_own_children(kind, compiled):
     assert model._call_quantizers in list(model.children())
     model.eval()
     assert not quantizer.training
+
+
+def entries(kind):
+    model = Ends(*(nn.Linear(6, 6) for _ in range(3)))
+    site, counts = place("add#0", 0), {"add": 2}
+    if kind == "list":
+        model, counts = Listed(list(model)), {"add": 3}
+    return apply_plan(model, plan(planned(site), counts={"": counts}))
+
+
+@pytest.mark.parametrize("kind", ["ends", "list"])
+def test_entries_are_added_and_taken_away_beside_the_quantizers(kind):
+    model = entries(kind)
+    first, second, third = model
+    new = [nn.Linear(6, 6) for _ in range(6)]
+    held = model._call_quantizers
+    model.append(new[0])
+    assert model[3] is model[-1] is new[0] and model[3:][0] is new[0]
+    model.insert(0, new[1])
+    assert list(model) == [new[1], first, second, third, new[0]] == [model[i] for i in range(5)]
+    model.extend([new[2]])
+    model += nn.Sequential(new[3])
+    model.add_module("7", new[4])
+    assert list(model)[-3:] == new[2:5] and model[-1] is new[4]
+    assert model.pop(-1) is new[4]
+    del model[5:]
+    del model[0]
+    model[1] = new[5]
+    assert list(model) == [first, new[5], third, new[0]] == [model[i] for i in range(-4, 0)]
+    assert list(model._modules) == ["0", "1", "2", "3", "_call_quantizers"]
+    assert model._call_quantizers is held
+    with pytest.raises(IndexError):
+        model[4]
+
+
+def test_a_dictionary_is_cleared_of_its_entries():
+    model = Dense({"a": nn.Linear(6, 3), "b": nn.Linear(9, 3)})
+    apply_plan(model, plan(planned(place("cat#0", 0, 0)), counts={"": {"cat": 3}}))
+    model.clear()
+    assert len(model) == 0 and list(model._modules) == ["_call_quantizers"]

@@ -220,6 +220,12 @@ FUNCTIONAL = {
         lambda x, w: torch.einsum("btk,khd->bthd", [x, w]),
         (32, 4, 8), TOKENS, "einsum", "1.1", None,
     ),
+    "einsum ellipsis": (
+        lambda x, w: torch.einsum("...ij,...jk->...ik", x, w), (32, 24), TOKENS, "einsum", "2", 1
+    ),
+    "einsum without result": (
+        lambda x, w: torch.einsum("bik, kj", x, w), (32, 24), TOKENS, "einsum", "2", 1
+    ),
 }  # fmt: skip
 
 
@@ -243,7 +249,45 @@ def test_two_activations_are_both_quantized():
 def test_what_is_no_matrix_product():
     net = Net(lambda m, x: torch.einsum("nld,nld->nl", x, x))
     assert "no plain product" in left(planned(net, TOKENS))["/einsum#0"]
+    net = Net(lambda m, x: torch.einsum("...d,...d", x, x))
+    assert "no plain product" in left(planned(net, TOKENS))["/einsum#0"]
     assert planned(Functional(lambda x, w: x * (w @ w), 32, 32), (32, 32)).quantizers == []
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "rule"),
+    [
+        ("bij,bjk->bik", ((20, 32), (32, 20)), None),
+        ("...ij,...kj->...ik", ((1, 32), (20, 32)), "(H1)"),
+        ("bij,bkj->bik", ((20, 32), (1, 32)), "(H1)"),
+        ("...ij,...jk", ((20, 8), (8, 20)), "(H2)"),
+        ("bij,bjk->bik", ((20, 32), (32, 8)), "(H2)"),
+        ("...ij,...jk->...ik", ((2, 20, 32), (2, 32, 8)), "(H2)"),
+    ],
+)
+def test_sizes_of_einsum(equation, shapes, rule):
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+
+    def function(m, x):
+        a, b = x.tanh().split(sizes, 1)
+        return torch.einsum(equation, a.unflatten(1, shapes[0]), b.unflatten(1, shapes[1]))
+
+    one, four = (planned(Net(function), (sum(sizes),), batch=n) for n in (1, 4))
+    assert one == four
+    assert len(one.quantizers) == (0 if rule else 2)
+    assert [entry.reason[-4:] for entry in one.left] == ([rule] if rule else [])
+
+
+@pytest.mark.parametrize(("length", "rule"), [(512, None), (513, "(H5)")])
+def test_attention_of_einsums(length, rule):
+    def function(m, x):
+        q, k, v = x.tanh().unflatten(-1, (2, 48)).chunk(3, -1)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return torch.einsum("bkhd,bhqk->bqhd", v, scores)
+
+    plan = planned(Net(function), (length, 96))
+    assert len(plan.quantizers) == (0 if rule else 4)
+    assert [entry.reason[-4:] for entry in plan.left] == ([rule] * 2 if rule else [])
 
 
 # Attention
@@ -821,9 +865,8 @@ def test_an_add_for_onnxruntime_has_quantizers_on_all_sides():
             "c input",
             "c/conv#0[result]",
         ]
-        # The integer add takes two inputs of one type, and one of them has negative values.
         unsigned = [q.places[0].site for q in plan.quantizers if q.descriptor.unsigned]
-        assert unsigned == ["c"]
+        assert unsigned == ["a.0", "c"]
 
 
 def test_an_output_is_quantized_after_what_is_fused():
@@ -867,6 +910,29 @@ def test_unsigned_through_concatenation_and_pooling():
     }
 
 
+@pytest.mark.parametrize(
+    ("function", "unsigned"),
+    [
+        (lambda y: torch.add(y.relu(), y.relu(), alpha=-1), False),
+        (lambda y: torch.add(y.relu(), y.relu(), alpha=2), True),
+        (lambda y: torch.add(F.relu(y), other=-3), False),
+        (lambda y: F.relu(y).add_(3), True),
+        (lambda y: F.relu(y) + -3, False),
+        (lambda y: F.relu6(y), True),
+        (lambda y: F.relu6(y, inplace=True), True),
+        (lambda y: F.hardtanh(y), False),
+        (lambda y: y.clamp(0, -1), False),
+        (lambda y: y.clamp(min=0), True),
+        (lambda y: y.clamp_max(3), False),
+    ],
+)
+def test_signs_of_functions(function, unsigned):
+    net = Net(lambda m, x: m.b(function(m.a(x))), a=conv(), b=conv())
+    plan = planned(net, placement="onnxruntime")
+    (found,) = (q for q in plan.quantizers if any(written(p) == "b input" for p in q.places))
+    assert found.descriptor.unsigned is unsigned
+
+
 def test_no_convolution_is_left_float_for_onnxruntime():
     net = Net(lambda m, x: m.fc(m.a(x).relu()), a=conv(16, 5, 3), fc=nn.Linear(8, 1))
     plan = planned(net, placement="onnxruntime")
@@ -896,6 +962,50 @@ def test_input_order_of_the_table_is_that_of_the_run():
 
 
 # Cases at the edges
+
+
+def test_a_type_rule_reaches_the_model_itself():
+    net = nn.Sequential(conv(), nn.ReLU(), conv())
+    assert planned(net, rules={nn.Sequential: None}).quantizers == []
+    assert planned(net, rules={"": None}).quantizers == []
+    assert places(planned(net, rules={"": None, "2": INT8})) == ["2 input"]
+    assert planned(conv(), rules={"": None}).quantizers == []
+
+
+def test_a_shared_module_has_all_its_names():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = conv()
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    for key in ("a", "b", "b*"):
+        assert planned(Twice(), rules={key: None}).quantizers == []
+        assert len(planned(Twice(), rules={key: INT8_PER_TENSOR}).quantizers) == 2
+
+
+def test_a_function_with_dimensions_means_its_own():
+    net = Net(
+        lambda m, x: F.conv2d(m.b(m.a(x.flatten(2)).unflatten(2, (8, 8))), m.w),
+        a=nn.Conv1d(16, 16, 1), b=conv(),
+    )  # fmt: skip
+    net.w = nn.Parameter(torch.randn(16, 16, 1, 1))
+    assert places(planned(net, rules={F.conv1d: None})) == [
+        "b input", "/conv#0[0]", "/conv#0[1]"
+    ]  # fmt: skip
+    assert places(planned(net, rules={torch.conv2d: None})) == ["a input"]
+    assert planned(net, rules={torch.ops.aten.convolution: None}).quantizers == []
+    assert [e.site for e in planned(net, rules={F.conv3d: None}).left] == ["conv3d"]
+
+
+def test_a_sum_that_no_convolution_is_fused_with_is_a_pair():
+    net = Net(
+        lambda m, x: (lambda y: m.b((y + x.tanh()).relu()) + y.exp())(m.a(x)), a=conv(), b=conv()
+    )
+    assert "/add#0[0]" in places(planned(net))
 
 
 def test_a_result_that_is_also_returned_stays_float():

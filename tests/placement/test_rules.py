@@ -17,9 +17,14 @@ class Block(nn.Module):
         self.conv1, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
 
 
+class Root(nn.Module):
+    pass
+
+
 def bind(rules):
-    model = nn.Module()
+    model = Root()
     model.stem, model.layer1, model.head = nn.Conv2d(3, 3, 1), nn.Sequential(Block()), Block()
+    model.again = model.layer1[0]
     sites = {
         "stem": "conv",
         "layer1.0.conv1": "conv",
@@ -72,6 +77,17 @@ PRECEDENCE = [
     ({"layer1.0": FP8, "layer1": None}, "layer1.0.fc", FP8, "exact"),
     ({"layer1": None, "layer1.0/add#0": FP8}, "layer1.0/add#0", FP8, "exact"),
     ({"/add#0": None}, "/add#0", None, "exact"),
+    ({"": None}, "layer1.0.fc", None, "exact"),
+    ({"": None}, "/add#0", None, "exact"),
+    ({"": None, "layer1": FP8}, "layer1.0.fc", FP8, "exact"),
+    ({"": FP8, "layer1": None}, "layer1.0.fc", None, "exact"),
+    ({Root: None}, "/add#0", None, "type"),
+    ({Root: None}, "layer1.0.fc", None, "type"),
+    ({F.conv2d: None}, "stem", None, "type"),
+    ({F.conv1d: None}, "stem", INT8, "default"),
+    ({"again": None}, "layer1.0.conv1", None, "exact"),
+    ({"again.fc": None, "layer1": FP8}, "layer1.0.fc", None, "exact"),
+    ({"again.f*": None}, "layer1.0.fc", None, "glob"),
     ({"stem": "INT8_PER_TENSOR"}, "stem", INT8_PER_TENSOR, "exact"),
 ]
 

@@ -92,7 +92,8 @@ def test_head_sizes_of_fp8(head, clean):
 
 @pytest.mark.parametrize(("sequence", "clean"), [(512, True), (520, False)])
 def test_h5_sequences(sequence, clean):
-    assert found(attention(sequence=sequence)) == ([] if clean else [("H5", SPEED, "scores")])
+    both = [("H5", SPEED, "scores"), ("H5", SPEED, "values")]
+    assert found(attention(sequence=sequence)) == ([] if clean else both)
 
 
 def test_h5_is_about_int8():
@@ -150,3 +151,20 @@ def test_a_softmax_at_the_end():
     g = Build()
     y = g.node("MatMul", [g.input("a", (2, 32, 32)), g.input("b", (2, 32, 32))], "scores")
     assert found(g.model(g.node("Softmax", [y], "softmax"))) == []
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("quantized", "sequence", "expected"),
+    [("qkpv", 32, []), ("qkp", 32, ["L12"]), ("qkpv", 520, ["H5", "H5"]), ("", 520, [])],
+)
+def test_attention_of_einsums(quantized, sequence, expected, swapped):
+    g = Build()
+    q, k, v = (g.input(n, (2, sequence, 4, 32)) for n in "qkv")
+    q, k, v = (g.qdq(t, f"{t}q") if t in quantized else t for t in (q, k, v))
+    y = g.node("Einsum", [q, k], "scores", equation="bqhd,bkhd->bhqk")
+    y = g.node("Softmax", [y], "softmax", axis=-1)
+    y = g.qdq(y, "p") if "p" in quantized else y
+    factors, equation = ([v, y], "bkhd,bhqk->bqhd") if swapped else ([y, v], "bhqk,bkhd->bqhd")
+    model = g.model(g.node("Einsum", factors, "values", equation=equation))
+    assert [rule for rule, _, _ in found(model)] == expected

@@ -51,6 +51,30 @@ def test_h1_h2_products_of_two_activations(m, n, expected):
     assert found(g.model(y)) == ([(expected, SPEED, "fc")] if expected else [])
 
 
+@pytest.mark.parametrize(
+    ("equation", "shapes", "expected"),
+    [
+        ("bmk,bkn->bmn", ((4, 32, 32), (4, 32, 32)), None),
+        ("bmk,bkn->bmn", ((4, 1, 32), (4, 32, 32)), "H1"),
+        ("...mk,...nk->...mn", ((2, 4, 32, 32), (2, 4, 1, 32)), "H1"),
+        ("...mk,...kn", ((4, 32, 8), (4, 8, 32)), "H2"),
+        ("...mk,nk->...mn", ((4, 1, 32), (8, 32)), "H2"),
+        ("...mk,nk->...mn", ((4, 1, 32), (32, 32)), None),
+        ("mk,kn->mn", ((1, 8), (8, 1)), None),
+        ("bmk,bmk->bm", ((4, 8, 8), (4, 8, 8)), None),
+    ],
+)
+def test_h1_h2_einsum(equation, shapes, expected):
+    g = Build()
+    a = g.qdq(g.input("a", shapes[0]), "qa")
+    if equation.startswith("...mk,nk"):
+        b = g.weight("w", shapes[1])
+    else:
+        b = g.qdq(g.input("b", shapes[1]), "qb")
+    y = g.node("Einsum", [a, b], "fc", equation=equation)
+    assert found(g.model(y)) == ([(expected, SPEED, "fc")] if expected else [])
+
+
 def test_float_products_are_not_judged():
     g = Build()
     y = g.node("Gemm", [g.input("x", (8, 4)), g.floats("w", (4, 1))], "fc")

@@ -55,7 +55,38 @@ class TestResidual:
         g = Build()
         x = g.node("Relu", [g.input()], "stem")
         y = g.node("Add", [x, g.conv(g.qdq(x, "a"), "conv")], "add")
+        assert found(g.model(g.node("Tanh", [y], "tanh"))) == [("L4", SPEED, "add")]
+
+    def test_an_identity_of_another_shape(self):
+        g = Build()
+        x = g.node("Relu", [g.input("x", (1, 16, 1, 1))], "stem")
+        y = g.node("Add", [x, g.conv(g.qdq(g.input("y"), "a"), "conv")], "add")
         assert found(g.model(g.node("Tanh", [y], "tanh"))) == []
+
+    @pytest.mark.parametrize("sides", [True, False])
+    def test_a_float_convolution_is_any_branch(self, sides):
+        g = Build()
+        x = g.node("Relu", [g.input()], "stem")
+        y = g.node("Conv", [x, g.floats("w", (16, 16, 1, 1))], "conv")
+        terms = [g.qdq(x, "a"), g.qdq(y, "b")] if sides else [x, y]
+        y = g.qdq(g.node("Add", terms, "add"), "c")
+        expected = [] if sides else [("L8", SPEED, "add")]
+        assert found(g.model(g.conv(y, "next"))) == expected
+
+    def test_a_rescaled_convolution(self):
+        g = Build()
+        a = g.qdq(g.node("Relu", [g.input()], "stem"), "a")
+        gamma = g.floats("gamma", (16, 1, 1))
+        y = g.node("Mul", [g.conv(a, "conv"), gamma], "scale")
+        y = g.node("Add", [a, y], "add")
+        assert found(g.model(g.node("Tanh", [y], "tanh"))) == []
+
+    def test_activations_do_not_make_a_branch_longer(self):
+        g = Build()
+        a = g.qdq(g.node("Tanh", [g.input()], "stem"), "a")
+        one = g.qdq(g.node("Relu", [g.conv(a, "first")], "relu"), "b")
+        y = g.node("Add", [one, g.conv(a, "second")], "add")
+        assert found(g.model(g.conv(g.qdq(y, "c"), "next"))) == []
 
     def test_an_add_of_a_constant(self):
         g = Build()

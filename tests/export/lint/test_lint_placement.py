@@ -173,3 +173,21 @@ class TestFloatByDefault:
         g = Build()
         a = g.qdq(g.input(), "a")
         assert found(g.model(g.node("Sigmoid", [a], "gate"), g.conv(a, "conv"))) == []
+
+
+@pytest.mark.parametrize(("sides", "clean"), [((1, 1), True), ((1, 0), False), ((0, 0), True)])
+def test_l1_einsum(sides, clean):
+    g = Build()
+    names = [g.input(name, (4, 32, 32)) for name in "ab"]
+    names = [g.qdq(n, f"q{n}") if side else n for n, side in zip(names, sides, strict=True)]
+    y = g.node("Einsum", names, "product", equation="bij,bjk->bik")
+    assert found(g.model(y)) == ([] if clean else [("L1", "performance", "product")])
+
+
+def test_a_pair_in_front_of_an_einsum_is_read():
+    g = Build()
+    w = g.weight("w", (32, 32), 1)
+    y = g.node("MatMul", [g.qdq(g.input("x", (4, 32, 32)), "a"), w], "fc")
+    y = g.node("Transpose", [g.qdq(y, "b")], "turn", perm=[0, 2, 1])
+    other = g.qdq(g.input("y", (4, 32, 32)), "c")
+    assert found(g.model(g.node("Einsum", [y, other], "product", equation="bij,bjk"))) == []
