@@ -18,6 +18,7 @@ LAYERS = [
     ("formats", 0),
     ("axes", 0),
     ("distributed", 0),
+    ("einsum", 0),
     ("files", 0),
     ("optional", 0),
     ("descriptor", 1),
@@ -50,7 +51,7 @@ LAYERS = [
     ("cli", 7),
 ]
 EXPORT_SEES = {"formats", "axes", "files", "optional", "descriptor", "scheme", "weight_presets"}
-EXPORT_SEES |= {"fake_quant", "qdq", "tensor_quant", "calib", "nn", "export"}
+EXPORT_SEES |= {"batches", "einsum", "fake_quant", "qdq", "tensor_quant", "calib", "nn", "export"}
 
 
 def modules():

@@ -44,7 +44,7 @@ from pytorch_quant.export.lint import lint_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "model_coverage.md"
-RESULTS = ROOT / "docs" / "model_coverage.json"
+RESULTS = ROOT / ".model_coverage.json"
 MOVED = 1e-6
 BATCHES = 5
 MOVES = 3
