@@ -288,7 +288,7 @@ def main() -> int:
         done = {r["name"]: Row(**r) for r in json.loads(RESULTS.read_text()) if not r["problem"]}
     waiting = [entry for entry in entries if entry.name not in done and not options.page]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(options.jobs, context) as pool:
         running = [pool.submit(_cover_by_name, entry.name) for entry in waiting]
         for ended in tqdm(as_completed(running), desc="networks", total=len(running)):
             row = ended.result()
