@@ -36,7 +36,7 @@ LAYERS = [
     ("dataflow", 4),
     ("op_kinds", 4),
     ("example_inputs", 4),
-    ("plain_pass", 4),
+    ("plain_pass", 3),
     ("placement", 4),
     ("quantization", 4),
     ("fold", 4),
@@ -51,7 +51,17 @@ LAYERS = [
     ("cli", 7),
 ]
 EXPORT_SEES = {"formats", "axes", "files", "optional", "descriptor", "scheme", "weight_presets"}
-EXPORT_SEES |= {"batches", "einsum", "fake_quant", "qdq", "tensor_quant", "calib", "nn", "export"}
+EXPORT_SEES |= {
+    "batches",
+    "einsum",
+    "plain_pass",
+    "fake_quant",
+    "qdq",
+    "tensor_quant",
+    "calib",
+    "nn",
+    "export",
+}
 
 
 def modules():
