@@ -96,7 +96,7 @@ class CallFrame(TorchFunctionMode):
         self.blind = 0
         self.compiled = torch.compiler.is_dynamo_compiling()
         self._lines: dict[tuple[str, int], Line] = {}
-        # What the lines of a run are compared with, or stored as.
+        # The first run in eval mode stores lines, those in training are compared with them.
         self._looks = module.training == bool(sites.lines)
         self._grad_mode, self._hooks = False, None
         if not torch.compiler.is_compiling():
