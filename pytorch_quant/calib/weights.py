@@ -66,7 +66,8 @@ def calibrate_weights(
             found.setdefault(quantizer, (layer, []))[1].append(weight)
     if not found:
         raise ValueError(
-            "the model has no weight quantizer; call quant_modules.initialize() before it is built"
+            "the model has no weight quantizer; call quantize(model, example_inputs=...) on it, "
+            "or quant_modules.initialize() before it is built"
         )
     ready: list[tuple[Any, Axis, Tensor]] = []
     missed: list[str] = []

@@ -34,7 +34,8 @@ def weighted_layers(model: nn.Module) -> dict[str, Any]:
     if not found:
         raise ValueError(
             "the model has no quantized convolution or linear layer; call "
-            "quant_modules.initialize() before it is built"
+            "quantize(model, example_inputs=...) on it, or quant_modules.initialize() before it "
+            "is built"
         )
     return found
 

@@ -191,9 +191,8 @@ def _quantizers_of(model: nn.Module, batches: Any) -> dict[str, TensorQuantizer]
     quantizers = named_quantizers(model)
     if not quantizers:
         raise ValueError(
-            "the model has no TensorQuantizer; call quant_modules.initialize() before it is built. "
-            "(Layers that torch itself builds inside nn.MultiheadAttention, nn.Transformer and "
-            "lazy modules are not replaced)"
+            "the model has no TensorQuantizer; call quantize(model, example_inputs=...) on it, or "
+            "quant_modules.initialize() before it is built"
         )
     return quantizers
 
