@@ -24,12 +24,14 @@ class Entry:
         family: `classification`, `segmentation`, `detection` or `own`.
         build: Makes it, with random weights.
         inputs: Makes a batch for it, of a given number of examples, from a generator.
+        size: Parameters; 0 where they are few.
     """
 
     name: str
     family: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int, torch.Generator], Any]
+    size: int = 0
 
 
 def _images(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -54,7 +56,7 @@ def torchvision_entries() -> tuple[list[Entry], list[tuple[str, str]]]:
                 continue
             side = _side(family, name)
             build = partial(_build, family, name)
-            entries.append(Entry(name, family, build, partial(_images, side)))
+            entries.append(Entry(name, family, build, partial(_images, side), size))
     return entries, left
 
 

@@ -287,6 +287,7 @@ def main() -> int:
     if (options.resume or options.page) and RESULTS.exists():
         done = {r["name"]: Row(**r) for r in json.loads(RESULTS.read_text()) if not r["problem"]}
     waiting = [entry for entry in entries if entry.name not in done and not options.page]
+    waiting.sort(key=lambda entry: entry.size)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context) as pool:
         running = [pool.submit(_cover_by_name, entry.name) for entry in waiting]
