@@ -70,7 +70,7 @@ def _side(family: str, name: str) -> int:
     if family == "detection":
         return 320 if name.startswith("ssd") and "lite" in name else 300 if "ssd" in name else 128
     if name == "inception_v3":
-        return 128
+        return 299
     # These pool to a grid that smaller images do not fill.
     if name.startswith(("maxvit", "alexnet", "vgg")):
         return 224
