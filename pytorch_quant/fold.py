@@ -17,6 +17,7 @@ from pytorch_quant.example_inputs import inputs_of_kept_form
 from pytorch_quant.fold_pairs import FoldablePair, NotFoldable, find_pairs
 from pytorch_quant.placement.call_sites import QUANTIZERS
 from pytorch_quant.plain_pass import plain_outputs, same_outputs
+from pytorch_quant.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class FoldReport:
         rows = [("batch norm", "layer", "note")]
         rows += [(pair.batch_norm, pair.layer, pair.note) for pair in self.pairs]
         rows += [(name, "not folded", reason) for name, reason in self.skipped]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+        return "\n".join(aligned(rows))
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: Any = None) -> FoldReport:

@@ -21,6 +21,7 @@ LAYERS = [
     ("einsum", 0),
     ("files", 0),
     ("optional", 0),
+    ("tables", 0),
     ("descriptor", 1),
     ("scheme", 1),
     ("weight_presets", 1),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytorch_quant.calib.counting import LEAST_EXPONENT, coarsened, count_rows, exponent_above
+from pytorch_quant.calib.held_state import fill_fields
 
 MAX_BINS = 2**20
 
@@ -238,16 +239,8 @@ class Histogram:
             skip_zeros=bool(state.get("skip_zeros", False)),
             device=counts.device,
         )
-        with torch.inference_mode(False):
-            for field in ("counts", "exponent", "maximum", "seen"):
-                empty, value = getattr(histogram, field), state.get(field)
-                if value is None or value.shape != empty.shape:
-                    found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                    raise ValueError(
-                        f"the state of a histogram of {histogram.channels} channels needs {field} "
-                        f"of shape {tuple(empty.shape)}, got {found}"
-                    )
-                empty.copy_(value)
+        fields = ("counts", "exponent", "maximum", "seen")
+        fill_fields(histogram, fields, state, f"a histogram of {histogram.channels} channels")
         return histogram
 
     def __repr__(self) -> str:

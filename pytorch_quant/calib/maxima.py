@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pytorch_quant.calib.held_state import fill_fields
+
 MOMENTUM = 0.9
 FIELDS = ("largest", "total", "moving", "batches", "seen")
 
@@ -97,14 +99,5 @@ class Maxima:
         if largest is None:
             raise ValueError("the state of maxima holds their largest")
         made = cls(tuple(largest.shape), largest.device)
-        with torch.inference_mode(False):
-            for field in FIELDS:
-                empty, value = getattr(made, field), state.get(field)
-                if value is None or value.shape != empty.shape:
-                    found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                    raise ValueError(
-                        f"the state of maxima of shape {tuple(largest.shape)} needs {field} of "
-                        f"shape {tuple(empty.shape)}, got {found}"
-                    )
-                empty.copy_(value)
+        fill_fields(made, FIELDS, state, f"maxima of shape {tuple(largest.shape)}")
         return made

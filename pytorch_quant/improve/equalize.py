@@ -21,6 +21,7 @@ from pytorch_quant.improve.originals import original, remember, remembers
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.plain_pass import plain_outputs, same_outputs
+from pytorch_quant.tables import aligned
 
 # A channel this small beside the largest is rounding noise, as batch norm leaves when it switches a
 # channel off; to lift it would lift its bias by the same factor.
@@ -71,8 +72,7 @@ class EqualizationReport:
         rows += [(p.first, p.second, f"{p.before:.4g} -> {p.after:.4g}") for p in self.pairs]
         rows += [(name, "not paired", reason) for name, reason in self.skipped]
         rows += [(name, "not calibrated", "calibrate again") for name in self.uncalibrated]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+        return "\n".join(aligned(rows))
 
 
 @no_inference_mode()

@@ -21,6 +21,7 @@ from pytorch_quant import axes
 from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
 from pytorch_quant.formats import Format
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.tables import aligned
 
 # The stretch of the rectified sigmoid, so that it reaches 0 and 1 with a gradient (eq. 23).
 ZETA, GAMMA = 1.1, -0.1
@@ -132,10 +133,9 @@ class RoundingReport:
             share = f"{row.changed} of {row.weights} ({row.changed / row.weights:.1%})"
             kept = "nearest kept" if row.kept_nearest else share
             rows.append((row.name, f"{row.nearest:.2f}", f"{row.learned:.2f}", kept))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        lines = aligned(rows)
         lines += [f"{name}: skipped, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 class WeightGrid:

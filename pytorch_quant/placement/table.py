@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.placement.plan import Place, Plan
+from pytorch_quant.tables import aligned
 
 
 def plan_table(plan: Plan) -> str:
@@ -22,24 +23,16 @@ def plan_table(plan: Plan) -> str:
             why = quantizer.reason if index == 0 else f"shared with {_name(quantizer.places[0])}"
             rows.append((place.site or "(model)", _operand(place), what, why))
     lines = [f"placement {plan.placement}: {len(plan.quantizers)} quantizers"]
-    lines += _aligned(rows) if plan.quantizers else []
+    lines += aligned(rows) if plan.quantizers else []
     if plan.left:
         lines += ["", f"left float: {len(plan.left)}"]
-        lines += _aligned(
+        lines += aligned(
             [
                 ("site", "kind", "why"),
                 *((entry.site or "(model)", entry.op, entry.reason) for entry in plan.left),
             ]
         )
     return "\n".join(lines)
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _name(place: Place) -> str:

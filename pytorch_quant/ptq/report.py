@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pytorch_quant.tables import aligned
+
 
 @dataclass(frozen=True)
 class QuantizerRange:
@@ -50,13 +52,7 @@ class CalibrationReport:
             clipped = "-" if row.clipped is None else f"{row.clipped:.3%}"
             rows.append((row.name, row.method, _shown(row.amax), seen, clipped))
         rows += [(name, "not reached", "-", "-", "-") for name in self.unreached]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for texts in rows:
-            cells = [cell.ljust(width) for cell, width in zip(texts[:3], widths, strict=False)]
-            cells += [cell.rjust(width) for cell, width in zip(texts[3:], widths[3:], strict=True)]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join(aligned(rows, right=2))
 
 
 def _shown(amax: Tensor | None) -> str:

@@ -1,13 +1,11 @@
 """Two processes with different batches get the same weights and biases."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import improve_programs as programs
 import pytest
 import torch
+from two_processes import run_two
 
 PROGRAM = Path(programs.__file__)
 
@@ -15,25 +13,7 @@ PROGRAM = Path(programs.__file__)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    places = (str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH"))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, places)),
-    }
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    running = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(PROGRAM), str(rank), str(folder)]
-            with log.open("w") as out:
-                running.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-        codes = [process.wait(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"result{rank}") for rank in range(2)]
+    return run_two(PROGRAM, lambda rank: [folder], folder, 120)
 
 
 CASES = ["smooth", "adaround", "bias", "smooth_quant without batches"]

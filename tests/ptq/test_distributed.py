@@ -1,14 +1,12 @@
 """Two processes calibrate as one would on all batches; what they do is in distributed_programs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_programs as programs
 import numpy as np
 import pytest
 import torch
+from two_processes import run_two
 
 PROGRAM = Path(programs.__file__)
 SECONDS = 150
@@ -18,26 +16,11 @@ SECONDS = 150
 def results(tmp_path_factory):
     """The results of both processes, by program."""
     folder = tmp_path_factory.mktemp("ranks")
-    places = (str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH"))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, places)),
-    }
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    running = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(PROGRAM), str(rank), str(folder / "rendezvous")]
-            command += [str(folder / f"result{rank}"), str(folder)]
-            with log.open("w") as out:
-                running.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-        codes = [process.wait(timeout=SECONDS) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"result{rank}") for rank in range(2)]
+
+    def paths(rank: int) -> list[Path]:
+        return [folder / "rendezvous", folder / f"result{rank}", folder]
+
+    return run_two(PROGRAM, paths, folder, SECONDS)
 
 
 def assert_same(got, wanted):
