@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -41,8 +42,6 @@ class Calibrator:
 
     # Of the histogram that `_add` asks for.
     _bins: ClassVar[int | None] = None
-    # Device types on which reading a value back costs nothing.
-    _host_types = ("cpu",)
 
     reductions: ClassVar[dict[str, str]] = {
         "largest": "max",
@@ -110,7 +109,7 @@ class Calibrator:
         Collecting replaces tensors and never writes to them, so references are enough. A subclass
         that writes to what it holds has to extend this.
         """
-        parts = (self, self._maxima, getattr(self, "histogram", None))
+        parts = (self, self._maxima, getattr(self, "_histogram", None))
         held = [(part, dict(vars(part))) for part in parts if part is not None]
 
         def restore() -> None:
@@ -138,9 +137,13 @@ class Calibrator:
             self._check_same(observation)
             valid = self._check_values(x, observation)
             if self._maxima is None:
-                self._maxima = Maxima(tuple(observation.maximum.shape), x.device)
+                self._maxima = Maxima(observation.shape, x.device)
             self._add(x, observation, valid)
-            self._maxima.update(observation.maximum, observation.numel, valid, self.momentum)
+            if observation.host is not None:
+                magnitude = observation.host.magnitude
+                self._maxima.update_later(magnitude, observation.numel, self.momentum)
+            else:
+                self._maxima.update(observation.maximum, observation.numel, valid, self.momentum)
             self._batches += 1
 
     def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -160,7 +163,7 @@ class Calibrator:
     @property
     def amax_shape(self) -> tuple[int, ...] | None:
         """The shape of the amax; None before any values."""
-        return None if self._maxima is None else tuple(self._maxima.largest.shape)
+        return None if self._maxima is None else self._maxima.shape
 
     def state(self) -> dict[str, Tensor]:
         """The statistics as plain tensors, empty before any values; `load_state` reads them.
@@ -206,32 +209,39 @@ class Calibrator:
     def _check_same(self, observation: Observation) -> None:
         if self._maxima is None:
             return
-        held = self._maxima.largest
+        held = self._maxima
         if held.device != observation.device:
             raise RuntimeError(
                 f"the device changed between batches, from {held.device} to "
                 f"{observation.device}; collect on one device, or reset the calibrator"
             )
-        if held.shape != observation.maximum.shape:
+        if held.shape != observation.shape:
             raise RuntimeError(
-                f"the amax shape changed between batches, from {tuple(held.shape)} to "
-                f"{tuple(observation.maximum.shape)}; axis {self._axis} must keep its size: use "
+                f"the amax shape changed between batches, from {held.shape} to "
+                f"{observation.shape}; axis {self._axis} must keep its size: use "
                 "axis=None, or reset the calibrator"
             )
 
     def _check_values(self, x: Tensor, observation: Observation) -> Tensor | None:
+        if observation.host is not None:
+            host = observation.host
+            self._raise_if_bad(x, math.isfinite(host.magnitude), host.low)
+            return None
         finite = observation.maximum.isfinite().all()
         least = observation.least if self._unsigned else torch.zeros_like(observation.least)
-        if x.device.type in self._host_types:
-            if not finite:
-                # As float32, beyond whose range a float64 lies that is finite itself.
-                bad = x.numel() - int(x.float().isfinite().sum())
-                raise bad_values(False, f"in {bad} of {x.numel()} values")
-            if least < 0:
-                raise bad_values(True, f"with minimum {float(least):.6g}")
+        if observation.on_host:
+            self._raise_if_bad(x, bool(finite), float(least))
             return None
         self._fault, valid = noted(self._fault, finite, least, self._batches)
         return valid
+
+    def _raise_if_bad(self, x: Tensor, finite: bool, least: float) -> None:
+        if not finite:
+            # As float32, beyond whose range a float64 lies that is finite itself.
+            bad = x.numel() - int(x.float().isfinite().sum())
+            raise bad_values(False, f"in {bad} of {x.numel()} values")
+        if self._unsigned and least < 0:
+            raise bad_values(True, f"with minimum {least:.6g}")
 
     def _raise_deferred(self) -> None:
         """Raise for a bad batch that was met on an accelerator, once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib.calibrator import Calibrator
+from pytorch_quant.calib.counting import RangedCounts
 from pytorch_quant.calib.faults import earliest_fault
 from pytorch_quant.calib.histogram import Histogram
 from pytorch_quant.calib.maxima import MOMENTUM, Maxima
@@ -119,9 +122,6 @@ class HistogramCalibrator(Calibrator):
         skip_zeros: Do not count exact zeros.
         momentum: As in `Calibrator`.
 
-    Attributes:
-        histogram: The statistics; None before any values.
-
     Raises:
         TypeError, ValueError: As in `Calibrator`, or `num_bins` is out of range.
     """
@@ -153,7 +153,29 @@ class HistogramCalibrator(Calibrator):
     def reset(self) -> None:
         """Forget everything collected."""
         super().reset()
-        self.histogram: Histogram | None = None
+        self._histogram: Histogram | None = None
+        self._waiting: RangedCounts | None = None
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """The statistics; None before any values."""
+        waiting = self._waiting
+        if waiting is not None:
+            assert self._histogram is not None and waiting.counts is not None
+            settled = copy.copy(self._histogram)
+            settled.add(
+                waiting.counts[None],
+                torch.tensor([waiting.exponent]),
+                torch.tensor([waiting.magnitude]),
+                waiting.numel,
+            )
+            # One statement without a call: an interrupt comes before or after it.
+            self._histogram, self._waiting = settled, None
+        return self._histogram
+
+    @histogram.setter
+    def histogram(self, histogram: Histogram | None) -> None:
+        self._histogram, self._waiting = histogram, None
 
     @property
     def _bins(self) -> int:  # type: ignore[override]
@@ -267,11 +289,17 @@ class HistogramCalibrator(Calibrator):
         return rows[0] if self._axis is None else rows
 
     def _add(self, x: Tensor, observation: Observation, valid: Tensor | None) -> None:
-        channels = observation.maximum.numel()
-        if self.histogram is None:
+        channels = math.prod(observation.shape)
+        if self._histogram is None:
             self.histogram = Histogram(
                 self._num_bins, channels, skip_zeros=self._skip_zeros, device=x.device
             )
+        counted = observation.host_counts(self._num_bins)
+        if counted is not None and not self._skip_zeros:
+            # Small tensors are slow amid a forward pass: as few as can be, until somebody looks.
+            self._waiting = counted if self._waiting is None else self._waiting.plus(counted)
+            return
+        assert self.histogram is not None
         counts, exponent = observation.counts(x, self._num_bins)
         zeros = None
         if self._skip_zeros:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,57 +67,98 @@ def _working_type(bins: int) -> torch.dtype:
     return torch.float32 if bins & (bins - 1) == 0 else torch.float64
 
 
-@dataclass
+@dataclass(frozen=True)
 class RangedCounts:
-    """The range and the histogram of a flat tensor.
+    """The range and the histogram of one or more flat tensors on the CPU.
 
     Attributes:
         low, high: The least and the largest value; NaN where there is NaN.
-        counts: int64 `(B,)`; None where the tensor holds NaN or Inf.
+        numel: Values in all.
+        counts: int64 `(B,)`; None where there is NaN or Inf. Never written to.
         exponent: The range is `[0, 2**exponent)`.
     """
 
     low: float
     high: float
+    numel: int
     counts: Tensor | None
     exponent: int
+
+    @property
+    def magnitude(self) -> float:
+        """The largest magnitude."""
+        return max(self.high, -self.low)
+
+    def plus(self, other: RangedCounts) -> RangedCounts:
+        """That of the values of both."""
+        assert self.counts is not None and other.counts is not None
+        exponent = max(self.exponent, other.exponent)
+        return RangedCounts(
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.numel + other.numel,
+            _widened(self.counts, exponent - self.exponent)
+            + _widened(other.counts, exponent - other.exponent),
+            exponent,
+        )
 
 
 def range_and_counts(x: Tensor, bins: int) -> RangedCounts:
     """The range and the histogram of a flat tensor on the CPU, not empty, in one pass over it."""
-    with torch.inference_mode(False), torch.no_grad():
-        found = RangedCounts(math.inf, -math.inf, x.new_zeros(bins, dtype=torch.int64), 0)
-        block = min(_BLOCK, x.numel())
-        offsets = _lane_offsets(bins)
-        scaled = x.new_empty(block, dtype=_working_type(bins))
-        index = x.new_empty(block, dtype=offsets.dtype)
-        lanes = x.new_zeros(_LANES * 2 * bins, dtype=torch.int64)
-        found.exponent = LEAST_EXPONENT
-        for part in x.split(block):
-            # While the block is in the cache: its range, which a pass of its own would read again.
-            low, high = (float(value) for value in torch.aminmax(part))
-            found.low, found.high = min(found.low, low), max(found.high, high)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                return RangedCounts(low, high, None, 0)
-            exponent = _exponent_above(max(high, -low))
-            if exponent > found.exponent:
-                assert found.counts is not None
-                found.counts += _magnitudes(lanes)
-                found.counts = _widened(found.counts, exponent - found.exponent)
-                found.exponent = exponent
-                lanes.zero_()
-            n = part.numel()
-            factor = bins * 2.0**-found.exponent
-            if part.dtype == scaled.dtype:
-                torch.mul(part, factor, out=scaled[:n])
-            else:
-                scaled[:n].copy_(part).mul_(factor)
-            # Conversion rounds towards 0, so that the bin number carries the sign of the value.
-            index[:n].copy_(scaled[:n]).add_(offsets[:n])
-            lanes += torch.bincount(index[:n], minlength=lanes.numel())
-        assert found.counts is not None
-        found.counts += _magnitudes(lanes)
-        return found
+    offsets = _lane_offsets(bins)
+    scaled, index = _scratch(_working_type(bins), offsets.dtype)
+    low, high = math.inf, -math.inf
+    exponent = LEAST_EXPONENT
+    # Of the present range, by lane; and of the narrower ones before it.
+    lanes: Tensor | None = None
+    counts: Tensor | None = None
+    for part in x.split(_BLOCK):
+        # While the block is in the cache: its range, which a pass of its own would read again.
+        least, most = (float(bound) for bound in torch.aminmax(part))
+        low, high = min(low, least), max(high, most)
+        if not (math.isfinite(least) and math.isfinite(most)):
+            return RangedCounts(least, most, x.numel(), None, 0)
+        needed = _exponent_above(max(most, -least))
+        if needed > exponent:
+            counts = _joined(counts, lanes)
+            counts = None if counts is None else _widened(counts, needed - exponent)
+            exponent, lanes = needed, None
+        n = part.numel()
+        values, places = (scaled, index) if n == _BLOCK else (scaled[:n], index[:n])
+        factor = bins * 2.0**-exponent
+        if part.dtype == values.dtype:
+            torch.mul(part, factor, out=values)
+        else:
+            values.copy_(part).mul_(factor)
+        # Conversion rounds towards 0, so that the bin number carries the sign of the value.
+        places.copy_(values).add_(offsets if n == _BLOCK else offsets[:n])
+        counted = torch.bincount(places, minlength=_LANES * 2 * bins)
+        lanes = counted if lanes is None else lanes.add_(counted)
+    return RangedCounts(low, high, x.numel(), _joined(counts, lanes), exponent)
+
+
+_held = threading.local()
+
+
+def _scratch(scaled: torch.dtype, index: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for a block of scaled values and of bin numbers, kept: fresh memory has to be mapped."""
+    kept: dict[tuple[torch.dtype, torch.dtype, int], tuple[Tensor, Tensor]]
+    kept = _held.__dict__.setdefault("rooms", {})
+    key = scaled, index, _BLOCK
+    if key not in kept:
+        with torch.inference_mode(False):
+            kept[key] = (
+                torch.empty(_BLOCK, dtype=scaled, device="cpu"),
+                torch.empty(_BLOCK, dtype=index, device="cpu"),
+            )
+    return kept[key]
+
+
+def _joined(counts: Tensor | None, lanes: Tensor | None) -> Tensor | None:
+    if lanes is None:
+        return counts
+    magnitudes = _magnitudes(lanes)
+    return magnitudes if counts is None else counts + magnitudes
 
 
 def _exponent_above(maximum: float) -> int:
@@ -133,12 +175,24 @@ def _magnitudes(lanes: Tensor) -> Tensor:
 
 
 def _widened(counts: Tensor, shift: int) -> Tensor:
-    return coarsened(counts[None], torch.tensor([shift]))[0] if shift else counts
+    if not shift:
+        return counts
+    bins = counts.numel()
+    if bins % 2 or shift > 62 or bins % (1 << shift):
+        return coarsened(counts[None], torch.tensor([shift]))[0]
+    widened = torch.zeros_like(counts)
+    torch.sum(counts.view(-1, 1 << shift), 1, out=widened[: bins >> shift])
+    return widened
 
 
 @lru_cache(maxsize=4)
 def _lane_offsets(bins: int) -> Tensor:
     """Where the bin 0 of each value of a block lies: every lane has `2 * bins` signed bins."""
     dtype = torch.int16 if _LANES * 2 * bins <= 2**15 else torch.int32
+    with torch.inference_mode(False):
+        return _offsets(bins).to(dtype)
+
+
+def _offsets(bins: int) -> Tensor:
     lane = torch.arange(_BLOCK, device="cpu") % _LANES
-    return (lane * 2 * bins + bins).to(dtype)
+    return lane * 2 * bins + bins

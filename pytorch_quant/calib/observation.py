@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytorch_quant.axes import Axis, amax_shape, kept_axes, reduced_axes
-from pytorch_quant.calib.counting import count_rows, exponent_above, range_and_counts
+from pytorch_quant.calib.counting import (
+    RangedCounts,
+    count_rows,
+    exponent_above,
+    range_and_counts,
+)
 from pytorch_quant.calib.histogram import WORKING_TYPES, flat_as_stored
 
+# Device types on which reading a value back costs nothing.
+HOST_TYPES = ("cpu",)
 # Values that tell whether a tensor was written to.
 _SAMPLED = 64
 
@@ -24,37 +31,60 @@ class Observation:
 
     Attributes:
         numel: Values of the tensor.
-        maximum: float32, `amax_shape(x.shape, axis)`: the largest magnitudes; NaN where there is
-            NaN.
-        least: float32, `()`: the least value.
+        shape: That of an amax.
         device: Where the tensor is.
+        on_host: Reading a value back costs nothing.
+        host: There, per tensor: the range as plain numbers, and the histogram if
+            one was asked for. After a forward pass the caches hold nothing of ours, and every
+            operation on a small tensor costs ten times what it costs in a loop.
     """
 
     def __init__(self, x: Tensor, axis: Axis, bins: int | None = None) -> None:
         values = _working(x)
         self.numel = x.numel()
         self.device = x.device
+        self.on_host = x.device.type in HOST_TYPES
+        self.shape = amax_shape(x.shape, axis)
+        self.host: RangedCounts | None = None
         self._axis = axis
         self._counts: dict[int, tuple[Tensor, Tensor]] = {}
-        if axis is None and bins is not None and x.device.type == "cpu":
-            self._count_and_range(flat_as_stored(values), bins)
-            return
+        self._bins = bins
+        self._ranges: tuple[Tensor, Tensor] | None = None
         if axis is None:
-            low, high = torch.aminmax(flat_as_stored(values))
+            flat = flat_as_stored(values)
+            if self.on_host:
+                self.host = _range(flat) if bins is None else range_and_counts(flat, bins)
+                return
+            low, high = torch.aminmax(flat)
         elif reduced := reduced_axes(axis, x.dim()):
             # Two reductions: torch.aminmax along a dimension takes ten times as long.
             low, high = values.amin(reduced, keepdim=True), values.amax(reduced, keepdim=True)
         else:
             low = high = values
-        self.least = low.float().amin()
-        self.maximum = torch.maximum(high, -low).float().reshape(amax_shape(x.shape, axis))
+        self._ranges = (
+            torch.maximum(high, -low).float().reshape(self.shape),
+            low.float().amin(),
+        )
 
-    def _count_and_range(self, flat: Tensor, bins: int) -> None:
-        found = range_and_counts(flat, bins)
-        self.least = torch.tensor(found.low)
-        self.maximum = torch.tensor(max(found.high, -found.low))
-        if found.counts is not None:
-            self._counts[bins] = found.counts[None], torch.tensor([found.exponent])
+    def host_counts(self, bins: int) -> RangedCounts | None:
+        """The histogram as it is on the CPU, if it was made with these bins; None else."""
+        return self.host if self._bins == bins else None
+
+    @property
+    def maximum(self) -> Tensor:
+        """The largest magnitudes: float32, `shape`; NaN where there is NaN."""
+        return self._both()[0]
+
+    @property
+    def least(self) -> Tensor:
+        """The least value: float32, `()`."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self._ranges is None:
+            assert self.host is not None
+            self._ranges = torch.tensor(self.host.magnitude), torch.tensor(self.host.low)
+        return self._ranges
 
     def rows(self, x: Tensor) -> Tensor:
         """The values of the tensor with one row for each kept entry, `(C, n)`."""
@@ -67,6 +97,9 @@ class Observation:
     def counts(self, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
         """The histogram `(C, bins)` of the tensor, and the exponents `(C,)` of its ranges."""
         if bins not in self._counts:
+            counted = self.host_counts(bins)
+            if counted is not None and counted.counts is not None:
+                return counted.counts[None], torch.tensor([counted.exponent])
             maximum = self.maximum.reshape(-1)
             exponent = exponent_above(torch.where(maximum.isfinite(), maximum, 0.0))
             self._counts[bins] = count_rows(self.rows(x), bins, exponent), exponent
@@ -101,7 +134,7 @@ def observe(x: Tensor, axis: Axis, bins: int | None = None) -> Observation:
         return Observation(x, axis, bins)
     version, held, made = _shared.get(x, (None, None, {}))
     mark = _fingerprint(x)
-    same = mark is None or (held is not None and torch.equal(mark, held))
+    same = mark is None or mark == held
     if version != x._version or not same:
         made = {}
         _shared[x] = (x._version, mark, made)
@@ -110,16 +143,21 @@ def observe(x: Tensor, axis: Axis, bins: int | None = None) -> Observation:
     return made[axis]
 
 
-def _fingerprint(x: Tensor) -> Tensor | None:
+def _range(flat: Tensor) -> RangedCounts:
+    low, high = torch.aminmax(flat)
+    return RangedCounts(low.item(), high.item(), flat.numel(), None, 0)
+
+
+def _fingerprint(x: Tensor) -> list[float] | None:
     """Some of the values of a tensor on the CPU, from all over it, at a cost that is constant."""
     if x.device.type != "cpu" or x.layout != torch.strided:
         return None
     x = x.detach()
     step = -(-x.numel() // _SAMPLED)
     if x.is_contiguous():
-        return x.view(-1)[::step].clone()
+        return x.view(-1)[::step].tolist()
     # A flat view does not exist: the places of the same values along each axis.
-    return x[torch.unravel_index(torch.arange(0, x.numel(), step), x.shape)]
+    return x[torch.unravel_index(torch.arange(0, x.numel(), step), x.shape)].tolist()
 
 
 def _working(x: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 
 from pytorch_quant.calib import (
     CalibrationError,
-    Calibrator,
     HistogramCalibrator,
     MaxCalibrator,
     entropy_amax,
     mse_amax,
+    observation,
     percentile_amax,
 )
 from pytorch_quant.formats import FloatFormat, IntFormat
@@ -33,7 +33,7 @@ def amax_of(calibrator, *batches, method="max", **options):
 def deferred(request, monkeypatch):
     """Checks that read values at once, and those of an accelerator."""
     if request.param == "deferred":
-        monkeypatch.setattr(Calibrator, "_host_types", ())
+        monkeypatch.setattr(observation, "HOST_TYPES", ())
     return request.param == "deferred"
 
 
@@ -226,7 +226,7 @@ def test_track_amax():
 
 
 def test_tracked_maxima_leave_out_bad_batches(monkeypatch):
-    monkeypatch.setattr(Calibrator, "_host_types", ())
+    monkeypatch.setattr(observation, "HOST_TYPES", ())
     calibrator = MaxCalibrator(8, 0, False, track_amax=True)
     calibrator.collect(torch.tensor([1.0, 2.0]))
     calibrator.collect(torch.tensor([1.0, float("nan")]))

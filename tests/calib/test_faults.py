@@ -6,13 +6,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytorch_quant import CalibrationError, calibrate, compute_amax, quant_modules
-from pytorch_quant.calib import Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib import HistogramCalibrator, MaxCalibrator, observation
 from pytorch_quant.ptq.storage import save_calibration
 
 
 @pytest.fixture
 def deferred(monkeypatch):
-    monkeypatch.setattr(Calibrator, "_host_types", ())
+    monkeypatch.setattr(observation, "HOST_TYPES", ())
 
 
 class Twice(nn.Module):

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pytorch_quant.calib import HistogramCalibrator, MaxCalibrator
-from pytorch_quant.calib.calibrator import Calibrator
+from pytorch_quant.calib import HistogramCalibrator, MaxCalibrator, observation
 from pytorch_quant.calib.maxima import Maxima
 
 BOTH = [MaxCalibrator, HistogramCalibrator]
@@ -36,7 +35,7 @@ def moving_average(maxima, momentum):
 @pytest.fixture(params=["at once", "deferred"])
 def deferred(request, monkeypatch):
     if request.param == "deferred":
-        monkeypatch.setattr(Calibrator, "_host_types", ())
+        monkeypatch.setattr(observation, "HOST_TYPES", ())
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -62,7 +61,7 @@ def test_mean_and_moving_maximum(kind, axis, device):
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_a_bad_batch_changes_nothing(kind, monkeypatch):
-    monkeypatch.setattr(Calibrator, "_host_types", ())
+    monkeypatch.setattr(observation, "HOST_TYPES", ())
     calibrator = kind(8, None)
     for x in (*batches(3), torch.tensor([float("nan"), 9.0])):
         calibrator.collect(x)

@@ -13,7 +13,7 @@ from torch import nn
 
 from pytorch_quant import QuantDescriptor, calibrate, compute_amax
 from pytorch_quant import nn as quant_nn
-from pytorch_quant.calib import Calibrator
+from pytorch_quant.calib import observation
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.ptq import ranges
 from pytorch_quant.ptq.storage import load_calibration, save_calibration
@@ -196,11 +196,11 @@ def nan_at_the_end():
     """As on an accelerator, where a bad batch shows when the statistics are read."""
     batches = images()
     batches[4][0, 0, 0, 0] = torch.nan
-    held, Calibrator._host_types = Calibrator._host_types, ()
+    held, observation.HOST_TYPES = observation.HOST_TYPES, ()
     try:
         return error_of(run, network(), mine(batches))
     finally:
-        Calibrator._host_types = held
+        observation.HOST_TYPES = held
 
 
 def wrong_on_one_rank():
