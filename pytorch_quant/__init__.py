@@ -9,16 +9,37 @@ calibrate(model, batches, method="percentile")
 export_onnx(model, example_input, "model.onnx")
 """
 
-from pytorch_quant import calib, nn, quant_modules, tensor_quant
+from pytorch_quant import calib, nn, qat, quant_modules, tensor_quant
 from pytorch_quant._version import __version__
+from pytorch_quant.analysis import (
+    compare_models,
+    layer_errors,
+    search_bits,
+    sensitivity,
+    summary,
+)
 from pytorch_quant.calib import CalibrationError
 from pytorch_quant.compat import enable_onnx_export, install_as_pytorch_quantization
 from pytorch_quant.descriptor import QuantDescriptor
-from pytorch_quant.export import ExportReport, export_onnx
+from pytorch_quant.export import (
+    ExportReport,
+    FixReport,
+    Prediction,
+    RuntimeModel,
+    VerifyReport,
+    compare_latency,
+    convert,
+    export_onnx,
+    fix_onnx,
+    load,
+    predict_int8,
+    verify_onnx,
+)
 from pytorch_quant.export.lint import Finding, lint_onnx
 from pytorch_quant.fold import fold_batchnorm, freeze_batchnorm
 from pytorch_quant.improve import adaround, bias_correction, equalize_weights, smooth_quant
 from pytorch_quant.nn import TensorQuantizer
+from pytorch_quant.nn.weight_cache import cached_weights
 from pytorch_quant.ptq import (
     CalibrationReport,
     calibrate,
@@ -46,28 +67,45 @@ __all__ = [
     "CalibrationReport",
     "ExportReport",
     "Finding",
+    "FixReport",
+    "Prediction",
     "QuantDescriptor",
+    "RuntimeModel",
     "Scheme",
     "TensorQuantizer",
+    "VerifyReport",
     "__version__",
     "adaround",
     "bias_correction",
+    "cached_weights",
     "calib",
     "calibrate",
+    "compare_latency",
+    "compare_models",
     "compute_amax",
+    "convert",
     "enable_onnx_export",
     "equalize_weights",
     "export_onnx",
+    "fix_onnx",
     "fold_batchnorm",
     "freeze_batchnorm",
     "install_as_pytorch_quantization",
+    "layer_errors",
     "lint_onnx",
+    "load",
     "load_calibration",
     "nn",
     "placement_plan",
+    "predict_int8",
+    "qat",
     "quant_modules",
     "quantize",
     "save_calibration",
+    "search_bits",
+    "sensitivity",
     "smooth_quant",
+    "summary",
     "tensor_quant",
+    "verify_onnx",
 ]

@@ -13,14 +13,19 @@ per-channel is a matter of shape.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from pytorch_quant import blockwise
 from pytorch_quant.axes import Axis
 from pytorch_quant.formats import Format, IntFormat, parse_format
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
+_LEAST = 2.0**-149
 
 
 def compute_scale(amax: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -65,13 +70,75 @@ def _rounded(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     # Multiplying by a scale of 0 gives the 0 that an amax of 0 stands for.
-    return (_rounded(x, scale, fmt) * scale).to(x.dtype)
+    if torch.compiler.is_compiling() or not blockwise.is_plain(x, scale):
+        # A compiler fuses this; what is written in place would have to be undone.
+        return (_rounded(x, scale, fmt) * scale).to(x.dtype)
+    # Modes of torch functions that are active around a model have no part in what is done here.
+    with torch._C.DisableTorchFunction():
+        divisor = torch.where(scale > 0, scale, 1.0)
+        if not blockwise.pays(x):
+            return _round_in_steps(_wide(x) / divisor, fmt).mul_(scale).to(x.dtype)
+        y = torch.empty_like(x)
+        for (part, out), (by, step) in blockwise.blocks((x, y), (divisor, scale)):
+            if x.dtype in _HALF_TYPES:
+                out.copy_(_round_in_steps(part.float().div_(by), fmt).mul_(step))
+                continue
+            rounded = _round_in_steps(torch.div(part, by, out=out), fmt)
+            torch.mul(rounded, step, out=out)
+        return y
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF_TYPES else x
+
+
+def _round_in_steps(steps: Tensor, fmt: Format) -> Tensor:
+    """`fmt.round`, in place where it can be."""
+    if isinstance(fmt, IntFormat):
+        return steps.clamp_(fmt.qmin, fmt.qmax).round_()
+    return fmt.round(steps)
 
 
 def straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
-    """`grad` where `|x| <= amax`, zero elsewhere."""
-    wide = x.float() if x.dtype in _HALF_TYPES else x
-    return torch.where(wide.abs() <= amax, grad, 0.0)
+    """`grad` where `|x| <= amax`, zero elsewhere; either of them where `x` is NaN."""
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and (grad.requires_grad or amax.requires_grad))
+        or not blockwise.is_plain(grad, x, amax)
+        or not x.is_floating_point()
+    ):
+        return torch.where(_wide(x).abs() <= amax, grad, 0.0)
+    with torch._C.DisableTorchFunction():
+        return _masked(grad, x, amax)
+
+
+# Comparing and selecting takes several passes, of which those with a mask of bool are slow on the
+# CPU. The gradient of hardtanh takes one, but excludes the bounds: they are moved by one number.
+_hardtanh_backward = torch.ops.aten.hardtanh_backward
+
+
+def _masked(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
+    if amax.numel() == 1 and amax.device.type == "cpu" and grad.dtype == x.dtype:
+        limit = float(amax)
+        if limit < math.inf:
+            exact = np.float64 if x.dtype == torch.float64 else np.float32
+            above = float(np.nextafter(exact(limit), exact(math.inf)))
+            return _hardtanh_backward(grad, x, -above, above)
+    # On an accelerator the host does not know amax, so that x is divided by it. The quotient of
+    # two numbers is above 1 exactly if the first one is the greater one.
+    divisor = torch.where(amax > 0, amax, _LEAST)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    above = 1.0 + torch.finfo(wide).eps
+    if not (grad.dtype == x.dtype == wide):
+        return _hardtanh_backward(grad, _wide(x) / divisor, -above, above).to(grad.dtype)
+    if not blockwise.pays(x, grad):
+        ratio = x / divisor
+        return _hardtanh_backward.grad_input(grad, ratio, -above, above, grad_input=ratio)
+    result = torch.empty_like(x)
+    for (g, part, out), (by,) in blockwise.blocks((grad, x, result), (divisor,)):
+        torch.div(part, by, out=out)
+        _hardtanh_backward.grad_input(g, out, -above, above, grad_input=out)
+    return result
 
 
 class _FakeQuantize(torch.autograd.Function):

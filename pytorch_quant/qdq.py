@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytorch_quant.axes import Axis
-from pytorch_quant.fake_quant import compute_scale, fake_quantize_dynamic, quantize_to_codes
+from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
 from pytorch_quant.formats import FloatFormat, Format, IntFormat, parse_format
 
 _HALF_SCALE_OPSET = 19
@@ -56,8 +56,6 @@ def quantize_dequantize(
     check_exportable(fmt, axis)
     if x.dtype == torch.float64:
         raise ValueError("QuantizeLinear takes no float64; export model.float()")
-    # A weight of zeros has a range of 0 and is exact; an activation was never seen.
-    weight = isinstance(x, nn.Parameter)
     amax = amax.detach()
     scale = compute_scale(amax, fmt, scale_dtype)
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
@@ -66,20 +64,21 @@ def quantize_dequantize(
     channel_axis = None
     if amax.dim() and isinstance(axis, int):
         channel_axis = axis % x.dim()
+    # Weights and channels of zeros have a range of 0 and are exact; an activation was never seen.
+    may_be_zero = isinstance(x, nn.Parameter) or channel_axis is not None
     scale = scale.reshape(() if channel_axis is None else -1)
     if torch.jit.is_tracing():
         with meant_as_constants():
-            bad = not bool(torch.isfinite(scale).all()) or (not weight and not bool(scale.all()))
-            if bad:
+            if not bool(torch.isfinite(scale).all()) or not (may_be_zero or bool(scale.all())):
                 raise ValueError(
                     f"amax is {float(amax.min()):.6g}, from which no scale can be written; "
                     "calibrate with real inputs, or disable this quantizer"
                 )
-            values = tuple(_positive(scale, fmt).reshape(-1).tolist())
+            values = tuple(positive_scale(scale, fmt).reshape(-1).tolist())
         return _TracedQdq.apply(x, values, channel_axis, fmt.name)
     # A zero that is no dead channel stays in the file, where a runtime refuses it.
-    if weight or channel_axis is not None:
-        scale = _positive(scale, fmt)
+    if may_be_zero:
+        scale = positive_scale(scale, fmt)
     scale = scale.to(x.dtype)
     attributes: dict[str, Any] = {} if channel_axis is None else {"axis": channel_axis}
     storage = fmt.storage
@@ -90,22 +89,6 @@ def quantize_dequantize(
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (codes, scale, zero_point), attributes, dtype=x.dtype, shape=x.shape
     )
-
-
-def dynamic_quantize_dequantize(x: Tensor) -> Tensor:
-    """Put DynamicQuantizeLinear and DequantizeLinear on `x` into the graph being exported."""
-    if torch.jit.is_tracing():
-        return _TracedDynamicQdq.apply(x)
-    codes, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
-        "DynamicQuantizeLinear",
-        (x.float(),),
-        dtypes=(torch.uint8, torch.float32, torch.uint8),
-        shapes=(x.shape, (), ()),
-    )
-    y = torch.onnx.ops.symbolic(
-        "DequantizeLinear", (codes, scale, zero_point), dtype=torch.float32, shape=x.shape
-    )
-    return y.to(x.dtype)
 
 
 def check_exportable(fmt: Format, axis: Axis) -> None:
@@ -130,8 +113,11 @@ def check_exportable(fmt: Format, axis: Axis) -> None:
         )
 
 
-def _positive(scale: Tensor, fmt: Format) -> Tensor:
-    """Give a channel of zeros the largest scale of its tensor, as runtimes refuse a scale of 0."""
+def positive_scale(scale: Tensor, fmt: Format) -> Tensor:
+    """Give a channel of zeros the largest scale of its tensor, as runtimes refuse a scale of 0.
+
+    Where all are 0 it is `1 / bound`. The codes are 0 whatever the scale is.
+    """
     largest = scale.max()
     fallback = torch.where(largest > 0, largest, 1.0 / fmt.bound)
     return torch.where(scale > 0, scale, fallback)
@@ -175,19 +161,5 @@ class _TracedQdq(torch.autograd.Function):
         if cast:
             y = g.op("Cast", y, to_i=kind.onnx_type())
         # The exporter writes convolutions only for weights whose shape it knows.
-        y.setType(x.type())
-        return y
-
-
-class _TracedDynamicQdq(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        with meant_as_constants():
-            return fake_quantize_dynamic(x)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any) -> Any:
-        codes, scale, zero_point = g.op("DynamicQuantizeLinear", x, outputs=3)
-        y = g.op("DequantizeLinear", codes, scale, zero_point)
         y.setType(x.type())
         return y

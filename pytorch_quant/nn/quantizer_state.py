@@ -11,6 +11,7 @@ from pytorch_quant.axes import Axis, canonical_axis, fits_axis
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.formats import make_format
 from pytorch_quant.nn.locate import qualified_name
+from pytorch_quant.nn.range_parameter import RangeParameter
 
 _BUFFERS = ("_amax", "_pre_quant_scale")
 # Fields that pickles of older programs do not have.
@@ -24,7 +25,7 @@ _LATER_FIELDS = {
 }
 
 
-class QuantizerState(nn.Module):
+class QuantizerState(RangeParameter):
     """Holds what a quantizer is; `TensorQuantizer` adds what it does.
 
     The buffers `_amax` and `_pre_quant_scale` exist from the moment they are set, so that
@@ -182,19 +183,28 @@ class QuantizerState(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether there is a range to quantize with."""
-        if self._dynamic or self._learn_amax:
+        if self._dynamic or (self._learn_amax and self._range_method is None):
             return True
         return self.amax is not None
 
     # Buffers
 
+    def _drop_kept(self) -> None:
+        """Forget what `cached_weights` keeps, as it no longer holds."""
+        kept = self.__dict__.get("_kept")
+        if kept is not None:
+            kept.drop()
+
     def _store_amax(self, amax: Tensor) -> None:
         """Make `amax` the buffer; in place where one of that shape exists."""
+        self._drop_kept()
         with torch.inference_mode(False), torch.no_grad():
             device = self._device if amax.device.type == "cpu" else amax.device
             amax = amax.detach().to(device, torch.float32)
             if self._axis is None and self._block_size is None and amax.numel() == 1:
                 amax = amax.reshape(())
+            if self._write_range(amax):
+                return
             current = getattr(self, "_amax", None)
             if current is not None and current.shape == amax.shape and current.device == device:
                 current.data.copy_(amax)
@@ -202,10 +212,14 @@ class QuantizerState(nn.Module):
                 self._amax = amax.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._drop_kept()
         if name != "_amax" or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
+        if value is not None and self._write_range(value):
+            return
         # An `_amax` that is assigned has to become a buffer, to be saved and moved.
+        self._parameters.pop(name, None)
         self.__dict__.pop(name, None)
         self._buffers.pop(name, None)
         if value is not None:
@@ -213,8 +227,11 @@ class QuantizerState(nn.Module):
             self.register_buffer(name, tensor.to(torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        exact = self._buffers.get("_amax")
+        self._drop_kept()
+        exact, learned = self._buffers.get("_amax"), self.learned_range
+        exact_learned = None if learned is None else learned.detach()
         super()._apply(fn, recurse)
+        self._keep_range_exact(exact_learned)
         moved = self._buffers.get("_amax")
         if exact is not None and moved is not None and moved.dtype != exact.dtype:
             # half() is about the arithmetic of layers: a rounded range would move every code.
@@ -231,7 +248,9 @@ class QuantizerState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._drop_kept()
         refused = {}
+        state_dict = self._in_own_shape(state_dict, prefix)
         for buffer in _BUFFERS:
             key = prefix + buffer
             loaded = state_dict.get(key)
@@ -309,7 +328,10 @@ class QuantizerState(nn.Module):
         words.append("per-tensor" if self._axis is None else f"axis={self._axis}")
         words += [f"block={self._block_size}"] * (self._block_size is not None)
         uncalibrated = "dynamic" if self._dynamic else "uncalibrated"
-        words.append("amax=" + (uncalibrated if self.amax is None else _short(self.amax)))
+        sharded = hasattr(self.learned_range, "device_mesh")
+        amax = None if sharded else self.amax
+        none = "sharded" if sharded else uncalibrated
+        words.append("amax=" + (none if amax is None else _short(amax)))
         words += [f"*{self._scale_amax}"] * (self._scale_amax is not None)
         words += ["learned"] * self._learn_amax
         if getattr(self, "_calibrator", None) is not None:

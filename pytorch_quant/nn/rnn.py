@@ -2,7 +2,8 @@
 
 The recurrent state is quantized at each time step, so a layer with an active quantizer is a loop
 over time; see `nn.rnn_cells` for the step. Under ONNX export the loop unrolls over the number of
-time steps of the example input.
+time steps of the example input; a dynamic LSTM that is exported for ONNX Runtime is one operator
+for each layer (`nn.lstm_operator`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pytorch_quant import weight_presets
 from pytorch_quant.descriptor import QuantDescriptor
+from pytorch_quant.nn.lstm_operator import is_one_operator, run_operators
 from pytorch_quant.nn.mixins import QuantMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
 from pytorch_quant.nn.rnn_cells import (
     GRUCell,
@@ -27,9 +29,11 @@ from pytorch_quant.nn.rnn_cells import (
     State,
     StepWeights,
     all_idle,
+    quantize_inputs,
     take_step,
 )
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.nn.weight_cache import quantized_weight
 
 __all__ = [
     "GRU",
@@ -102,7 +106,9 @@ class _QuantRNNMixin(QuantMixin):
         layer: Any = self
         rest = layer.all_weights[index][2:]
         bias_ih, bias_hh = rest[:2] if layer.bias else (None, None)
-        weight = self._weight_quantizers[index](self._weight(index))
+        sources = layer.all_weights[index][:2]
+        quantizer: Any = self._weight_quantizers[index]
+        weight = quantized_weight(quantizer, lambda: self._weight(index), *sources)
         return StepWeights(weight, bias_ih, bias_hh, rest[-1] if layer.proj_size else None)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -129,6 +135,7 @@ class _QuantRNNMixin(QuantMixin):
         batched = input.dim() == 3
         batch_axis = 0 if layer.batch_first else 1
         x = input if batched else input.unsqueeze(batch_axis)
+        starts_from_zeros = hx is None
         if hx is None:
             hx = self._zero_state(x, x.shape[batch_axis])
         elif not batched:
@@ -137,8 +144,14 @@ class _QuantRNNMixin(QuantMixin):
             # Sizes are tensors there, and comparing them warns.
             layer.check_forward_args(x, hx, None)
         time_axis = 1 - batch_axis
-        steps, hx = self._run_layers(list(x.unbind(time_axis)), hx)
-        output = torch.stack(steps, time_axis)
+        if is_one_operator(layer):
+            output, hx = run_operators(
+                layer, x.movedim(time_axis, 0), None if starts_from_zeros else hx
+            )
+            output = output.movedim(0, time_axis)
+        else:
+            steps, hx = self._run_layers(list(x.unbind(time_axis)), hx)
+            output = torch.stack(steps, time_axis)
         if batched:
             return output, hx
         return output.squeeze(batch_axis), self._map_state(lambda s: s.squeeze(1), hx)
@@ -199,7 +212,7 @@ class _QuantRNNMixin(QuantMixin):
         quantizer = self._input_quantizers[index]
         weights = self._step_weights(index)
         outputs = []
-        for x in steps:
+        for x in quantize_inputs(quantizer, steps, packed):
             resting: State = ()
             if packed:
                 # A sequence that has ended, or in reverse not begun, keeps its state.

@@ -1,9 +1,11 @@
 """Quantized recurrent cells, and the time step that they share with the layers of `nn.rnn`.
 
 What is quantized is what enters the matrix products: the concatenation `[x, h]`, with one range,
-and the concatenation `[W_ih, W_hh]`, per row. Biases, gates and the state that is carried to the
-next time step stay float. Were the state of a GRU rounded where it is carried, an update below
-half a step would be lost, and the state would stand still.
+and the concatenation `[W_ih, W_hh]`, per row. A dynamic quantizer ranges `x` and `h` apart, as
+ONNX Runtime's `DynamicQuantizeLSTM` does: `x` of all time steps at once, `h` at each one. Biases,
+gates and the state that is carried to the next time step stay float. Were the state of a GRU
+rounded where it is carried, an update below half a step would be lost, and the state would stand
+still.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pytorch_quant import weight_presets
 from pytorch_quant.nn.locate import qualified_name
 from pytorch_quant.nn.mixins import QuantMixin, pop_factory_kwargs, pop_quant_desc_in_kwargs
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.nn.weight_cache import quantized_weight
 
 State = tuple[Tensor, ...]
 """`(h, c)` of an LSTM, `(h,)` of the others."""
@@ -89,6 +92,34 @@ STEPS: dict[str, Callable[[Tensor, State, StepWeights], State]] = {
 """The equations of the torch documentation, by the `mode` of `nn.RNNBase`."""
 
 
+def ranges_apart(quantizer: nn.Module) -> bool:
+    """Whether `x` and `h` have ranges of their own: those of a dynamic quantizer."""
+    if not isinstance(quantizer, TensorQuantizer):
+        return False
+    # A factor for each column of [x, h] needs the two together.
+    return quantizer.dynamic and quantizer.pre_quant_scale is None
+
+
+def quantize_inputs(
+    quantizer: nn.Module, steps: list[Tensor], packed: bool = False
+) -> list[Tensor]:
+    """The inputs of all time steps as `take_step` wants them.
+
+    Args:
+        quantizer: The input quantizer.
+        steps: Each `(n, I)`.
+        packed: `n` differs between them.
+
+    Returns:
+        The inputs, quantized with one range if `x` and `h` are ranged apart.
+    """
+    if not ranges_apart(quantizer):
+        return steps
+    if packed:
+        return list(quantizer(torch.cat(steps)).split([len(x) for x in steps]))
+    return list(quantizer(torch.stack(steps)).unbind())
+
+
 def take_step(
     mode: str, quantizer: nn.Module, x: Tensor, state: State, weights: StepWeights
 ) -> State:
@@ -97,14 +128,18 @@ def take_step(
     Args:
         mode: A key of `STEPS`.
         quantizer: The input quantizer.
-        x: `(N, I)`.
+        x: `(N, I)`, from `quantize_inputs`.
         state: Each `(N, H)`; `h` is `(N, proj_size)` with a projection.
         weights: The weights of the layer and direction.
 
     Returns:
         The next state; its first tensor is the output.
     """
-    return STEPS[mode](quantizer(torch.cat((x, state[0]), -1)), state, weights)
+    if ranges_apart(quantizer):
+        inputs = torch.cat((x, quantizer(state[0])), -1)
+    else:
+        inputs = quantizer(torch.cat((x, state[0]), -1))
+    return STEPS[mode](inputs, state, weights)
 
 
 def all_idle(quantizers: Iterable[nn.Module]) -> bool:
@@ -154,8 +189,10 @@ class _QuantCellMixin(QuantMixin):
             state = tuple(hx) if mode == "LSTM" else (hx,)
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
         self._check_shapes(x, state)
-        ((quantizer, weight),) = self.weights_to_quantize()
-        weights = StepWeights(quantizer(weight), cell.bias_ih, cell.bias_hh)
+        sources = cell.weight_ih, cell.weight_hh
+        weight = quantized_weight(self._weight_quantizer, lambda: torch.cat(sources, 1), *sources)
+        weights = StepWeights(weight, cell.bias_ih, cell.bias_hh)
+        (x,) = quantize_inputs(self._input_quantizer, [x])
         state = take_step(mode, self._input_quantizer, x, state, weights)
         state = state if batched else tuple(s.squeeze(0) for s in state)
         return state if mode == "LSTM" else state[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pytorch_quant import axes, qdq
+from pytorch_quant import axes, qdq, qdq_blocks, qdq_dynamic
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.descriptor import QuantDescriptor
@@ -20,12 +21,15 @@ from pytorch_quant.fake_quant import (
     torch_fake_quantize,
 )
 from pytorch_quant.formats import Format, IntFormat, make_format
+from pytorch_quant.learned_range import learned_fake_quantize
 from pytorch_quant.nn.clip import Clip
+from pytorch_quant.nn.compiled import COMPILED_CALIBRATION, left_alone
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
+from pytorch_quant.nn.switches import QuantizerSwitches
 
 
-class TensorQuantizer(QuantizerState):
+class TensorQuantizer(QuantizerSwitches, QuantizerState):
     """Quantizes the tensor that passes through it.
 
     What it does is the sum of its modes: collect statistics for calibration, clip, quantize; or
@@ -41,6 +45,12 @@ class TensorQuantizer(QuantizerState):
 
     use_fb_fake_quant: ClassVar[bool] = False
     """Compute with torch's own `fake_quantize_per_*_affine`; also settable on one instance."""
+
+    _kept: Any = None
+    """The `KeptWeights` of a weight quantizer while `cached_weights` holds it."""
+
+    _write_pair: Callable[[Tensor], Tensor] | None = None
+    """Set while `export_onnx` runs, which holds the range already."""
 
     def __init__(
         self,
@@ -80,7 +90,10 @@ class TensorQuantizer(QuantizerState):
     @property
     def amax(self) -> Tensor | None:
         """See `QuantizerState.amax`."""
-        if self._learn_amax:
+        if self.learned_range is not None:
+            learned = self._learned_amax()
+            return None if learned is None else learned.detach()
+        if self._learn_amax and self._range_method is None:
             clip = self.clip
             return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
         return getattr(self, "_amax", None)
@@ -123,58 +136,6 @@ class TensorQuantizer(QuantizerState):
         active = self._if_quant and not self._disabled
         return active and not (self.calibrated or self.use_fb_fake_quant)
 
-    # Modes
-
-    def disable(self) -> None:
-        """Pass tensors through."""
-        self._disabled = True
-
-    def enable(self) -> None:
-        """Undo `disable`."""
-        self._disabled = False
-
-    def disable_clip(self) -> None:
-        """Stop clipping."""
-        self._if_clip = False
-
-    def enable_clip(self) -> None:
-        """Clip to the learned range.
-
-        Raises:
-            RuntimeError: the quantizer has no learned range.
-        """
-        if not self._learn_amax:
-            raise RuntimeError(
-                f"{self._who()}: clipping needs a learned range; construct it with "
-                "QuantDescriptor(learn_amax=True)"
-            )
-        self._if_clip = True
-
-    def disable_calib(self) -> None:
-        """Stop collecting statistics."""
-        self._if_calib = False
-
-    def enable_calib(self) -> None:
-        """Collect statistics of every tensor that passes.
-
-        Raises:
-            RuntimeError: the quantizer has no calibrator.
-        """
-        if self._calibrator is None:
-            raise RuntimeError(
-                f"{self._who()} has no calibrator (a dynamic quantizer ranges itself); "
-                "assign one to _calibrator, or leave it out of the calibration"
-            )
-        self._if_calib = True
-
-    def disable_quant(self) -> None:
-        """Stop quantizing."""
-        self._if_quant = False
-
-    def enable_quant(self) -> None:
-        """Quantize."""
-        self._if_quant = True
-
     # Ranges
 
     def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
@@ -207,6 +168,8 @@ class TensorQuantizer(QuantizerState):
         Raises:
             RuntimeError: the quantizer has no learned range, or no amax.
         """
+        if self._range_method is not None and self.amax is not None:
+            return self._start_learning()
         if not self._learn_amax:
             raise RuntimeError(f"{self._who()} was not made with learn_amax=True")
         amax = getattr(self, "_amax", None)
@@ -221,13 +184,13 @@ class TensorQuantizer(QuantizerState):
             self.clip.clip_value_min.copy_(value * 0 if self._unsigned else -value)
 
     def _scaled(self, amax: Tensor) -> Tensor:
-        # A learned range has the factor in it from the start.
-        if self._scale_amax is None or self._learn_amax:
+        # The clip of a learned range has the factor in it from the start.
+        if self._scale_amax is None or (self._learn_amax and self._range_method is None):
             return amax
         return amax * self._scale_amax
 
     def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
-        amax = self.amax
+        amax = self._range_in_use(None if self.learned_range is not None else self.amax)
         if amax is None:
             return self._scaled(axes.reduce_amax(inputs.detach(), axis).float())
         if amax.device != inputs.device:
@@ -235,7 +198,7 @@ class TensorQuantizer(QuantizerState):
                 f"{self._who()}: the input is on {inputs.device}, amax on {amax.device}; "
                 "move the model or the batch so that both are on one device"
             )
-        amax = self._scaled(amax.detach().float())
+        amax = self._scaled(amax.float())
         if not amax.dim() or self._block_size is not None:
             return amax
         # The stored axis decides where the values lie; broadcasting would guess.
@@ -268,13 +231,22 @@ class TensorQuantizer(QuantizerState):
             ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
                 integer form.
         """
+        if self._kept is not None:
+            return self._kept.quantized(self, lambda: inputs, (inputs,))
+        return self._process(inputs)
+
+    def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib and not (self._disabled or qdq.exporting_to_onnx()):
-            self._collect_named(inputs)
+            if torch.compiler.is_dynamo_compiling():
+                raise RuntimeError(COMPILED_CALIBRATION)
+            left_alone(self._collect_named)(inputs)
         # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
         if self._pre_quant_scale is not None:
             inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
         if self._disabled:
             return inputs
+        if self._range_momentum is not None and self.training:
+            self._follow(inputs)
         if self._if_clip:
             inputs = self.clip(inputs)
         if self._if_quant:
@@ -315,12 +287,19 @@ class TensorQuantizer(QuantizerState):
         try:
             if self._block_size is None:
                 return self._quantize_values(inputs, self._axis)
-            if qdq.exporting_to_onnx():
-                raise ValueError(
-                    "a block quantizer has no form in a plain torch.onnx.export; use a "
-                    "per-channel descriptor, or disable this quantizer before the export"
-                )
+            exporting = qdq.exporting_to_onnx()
+            if exporting and self._write_pair is not None:
+                return self._write_pair(inputs)
+            if exporting:
+                qdq_blocks.check_blocks(inputs, self._block_axis(), self._block_size)
             rows = axes.to_groups(inputs, self._block_axis(), self._block_size)
+            if exporting:
+                if self.needs_amax:
+                    self._refuse_export()
+                grid, amax = (self._block_axis(), self._block_size), self._effective_amax(rows, 0)
+                return qdq_blocks.quantize_dequantize_blocks(
+                    inputs, amax, *grid, self.format, scale_dtype=_scale_dtype(inputs)
+                )
             rows = self._quantize_values(rows, 0)
             return axes.from_groups(rows, inputs.shape, self._block_axis())
         except ValueError as error:
@@ -330,9 +309,11 @@ class TensorQuantizer(QuantizerState):
         exporting = qdq.exporting_to_onnx()
         if self._dynamic:
             if exporting:
-                return qdq.dynamic_quantize_dequantize(inputs)
+                return qdq_dynamic.dynamic_quantize_dequantize(inputs)
             return fake_quantize_dynamic(inputs)
         axes.kept_axes(axis, inputs.dim())
+        if exporting and self._write_pair is not None:
+            return self._write_pair(inputs)
         if (exporting or torch.compiler.is_exporting()) and self.needs_amax:
             self._refuse_export()
         with qdq.meant_as_constants() if torch.jit.is_tracing() else nullcontext():
@@ -345,6 +326,12 @@ class TensorQuantizer(QuantizerState):
         if exporting:
             axis = self._amax_axis(amax, axis)
             return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
+        if self._range_method is not None:
+            method, weight = self._range_method, self._range_of_weight
+            form = self.format
+            return learned_fake_quantize(
+                inputs, amax, form, method, weight=weight, scale_dtype=dtype
+            )
         if self.use_fb_fake_quant and isinstance(self.format, IntFormat):
             return torch_fake_quantize(inputs, amax, self._amax_axis(amax, axis), self.format)
         return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)

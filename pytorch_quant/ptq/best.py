@@ -171,6 +171,7 @@ def _judging(layers: dict[nn.Module, list[_Trial]]) -> Iterator[None]:
 def _only(quantizer: TensorQuantizer, amax: Tensor) -> Iterator[None]:
     """Quantize with `amax`; what the quantizer held comes back."""
     held = quantizer._buffers.get("_amax")
+    parameter = quantizer._parameters.pop("_amax", None)
     learned = quantizer._learn_amax
     quantizer._buffers["_amax"] = amax
     # A learned range is asked for its clip values otherwise.
@@ -185,6 +186,8 @@ def _only(quantizer: TensorQuantizer, amax: Tensor) -> Iterator[None]:
             quantizer._buffers.pop("_amax", None)
         else:
             quantizer._buffers["_amax"] = held
+        if parameter is not None:
+            quantizer._parameters["_amax"] = parameter
 
 
 def _layer_of(model: nn.Module, name: str) -> nn.Module:

@@ -15,6 +15,7 @@ from pytorch_quant.batches import Forward, call_model, copied, count, each
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.calib.faults import one_pass, raise_named
 from pytorch_quant.calib.observation import shared_observations
+from pytorch_quant.nn.compiled import uncompiled
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.best import choose_alike
@@ -140,6 +141,7 @@ def calibrate(
         # Not inference mode: a model may keep tensors that it makes in its first forward pass.
         with (
             preserved_modes(model),
+            uncompiled(),
             distributed.buffers_stay(model, agree=together),
             torch.no_grad(),
         ):

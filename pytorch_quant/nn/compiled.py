@@ -1,0 +1,36 @@
+"""Quantizers in models that `torch.compile` has compiled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+# A constant, because the compiler shows it, and cannot follow the search for a name.
+COMPILED_CALIBRATION = (
+    "a quantizer of a compiled model is collecting statistics, which compiled code cannot do. Call "
+    "calibrate(model, batches), which runs a compiled model uncompiled; in a loop of your own, run "
+    "the model that was given to torch.compile, or the compiled one inside "
+    '`with torch.compiler.set_stance("force_eager"):`, until disable_calib()'
+)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which compiled models run as they are written.
+
+    What was compiled is kept, and used again afterwards.
+    """
+    # Where the compiler was never loaded, nothing is compiled; loading it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def left_alone(function: Callable) -> Callable:
+    """`function`, not compiled where the compiler has given up on what calls it."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    return torch.compiler.disable(function)

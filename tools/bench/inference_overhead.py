@@ -1,0 +1,103 @@
+r"""What fake quantization adds to the inference of a ResNet-18.
+
+    OMP_NUM_THREADS=2 python tools/bench/inference_overhead.py
+    python tools/bench/inference_overhead.py --compile --json inference.json
+    python tools/bench/inference_overhead.py --device cuda --batch-size 256 --bfloat16 --compile
+    python tools/bench/inference_overhead.py --quick
+
+prints a Markdown table, also as JSON with `--json`, and exits with status 1 if a bound does not
+hold. `--quick` only shows that the benchmark works: its network is too small for the bounds to mean
+anything. `--bfloat16` runs under autocast and with channels-last images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import qat_networks
+import torch
+from run_options import checked, finish
+from timing import Case, Row, bounded, interleaved, quartiles, ratios
+
+from pytorch_quant import cached_weights
+
+EAGER_RATIO = 1.10
+COMPILED_RATIO = 1.05
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """All rows."""
+    work = qat_networks.Work(args)
+    models = {name: model.eval() for name, model in work.models().items()}
+    rows = rows_of(models, work, "")
+    if args.compile:
+        compiled = {
+            name: torch.compile(models[name], fullgraph=True) for name in ("float", "pytorch_quant")
+        }
+        rows += rows_of(compiled, work, "compiled ")
+    return rows
+
+
+def rows_of(models: dict, work: qat_networks.Work, prefix: str) -> list[Row]:
+    """Every model against the first one."""
+
+    def forward(name: str) -> Callable[[], None]:
+        def run() -> None:
+            with work.autocast():
+                models[name](work.images)
+
+        return run
+
+    args, base = work.args, "float"
+    cases = [Case(name, forward(name)) for name in models]
+    with torch.no_grad(), cached_weights(models["pytorch_quant"]):
+        times = work.interleaved(cases, f"{prefix}inference")
+    spread = quartiles([t.done * 1000 for t in times[base]])
+    rows = [Row(f"{prefix}{base} pass of {work.what}", f"{spread:.1f} ms")]
+    limit = COMPILED_RATIO if prefix else EAGER_RATIO
+    for name in models:
+        if name == base:
+            continue
+        spread = quartiles(ratios(times[name], times[base]))
+        least = min(t.done for t in times[name]) / min(t.done for t in times[base])
+        inside = " inside of `cached_weights`" if name == "pytorch_quant" else ""
+        what = f"{prefix}{name}{inside} / {prefix}{base}"
+        measured = f"{spread:.3f}, of the least times {least:.3f}"
+        if inside:
+            rows.append(bounded(what, spread.median, limit, measured))
+        else:
+            rows.append(Row(what, measured))
+    if not prefix:
+        with torch.no_grad():
+            names = [base, "pytorch_quant"]
+            pair = interleaved(
+                [Case(name, forward(name)) for name in names],
+                args.rounds,
+                device=args.device,
+                least_seconds=1e-4,
+                title="without the scope",
+            )
+        spread = quartiles(ratios(pair["pytorch_quant"], pair[base]))
+        rows.append(Row(f"pytorch_quant outside of the scope / {base}", f"{spread:.3f}"))
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    qat_networks.add_network_options(parser)
+    return checked(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the table, and return the exit status."""
+    args = parse(argv)
+    torch.manual_seed(0)
+    return finish("Inference", measure(args), args, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""The network, its data and its options that the benchmarks of inference and training share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import qat_peers
+import torch
+from run_options import add_options
+from timing import Case, Seconds, interleaved
+from torch import nn
+
+from pytorch_quant import calibrate
+from pytorch_quant.models import BasicBlock, ResNet, resnet18
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark has, and `--batch-size` and `--bfloat16`."""
+    add_options(parser, rounds=9)
+    parser.add_argument("--batch-size", type=int, default=8, help="images (default: 8)")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="under autocast, with channels-last images"
+    )
+
+
+class Work:
+    """What is measured.
+
+    Args:
+        args: The command line.
+
+    Attributes:
+        args: The command line.
+        images: The batch.
+        targets: Its labels.
+        what: The network and the batch, for the table.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        pixels = 32 if args.quick else 224
+        layout = torch.channels_last if args.bfloat16 else torch.contiguous_format
+        images = torch.randn(args.batch_size, 3, pixels, pixels)
+        self.images = images.to(args.device, memory_format=layout)
+        self.targets = torch.randint(0, 10, (args.batch_size,), device=args.device)
+        name = "a small ResNet" if args.quick else "ResNet-18"
+        self.what = f"{name}, batch {args.batch_size} of {pixels}x{pixels}"
+        if args.bfloat16:
+            self.what += ", bfloat16, channels-last"
+
+    def models(self) -> dict[str, nn.Module]:
+        """The same network in float and fake-quantized, the latter calibrated, by name."""
+        plain, quantized = self._network(False), self._network(True)
+        quantized.load_state_dict(plain.state_dict(), strict=False)
+        calibrate(quantized.eval(), [self.images], progress=False)
+        peers = {} if self.args.quick else qat_peers.quantized_models(plain.eval(), self.images)
+        return {"float": plain, "pytorch_quant": quantized, **peers}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 where it was asked for."""
+        if self.args.bfloat16:
+            return torch.autocast(self.args.device, torch.bfloat16)
+        return nullcontext()
+
+    def interleaved(self, cases: Sequence[Case], title: str) -> dict[str, list[Seconds]]:
+        """Time the cases in turns."""
+        seconds = 1e-4 if self.args.quick or self.args.device == "cpu" else 0.2
+        return interleaved(
+            cases, self.args.rounds, device=self.args.device, least_seconds=seconds, title=title
+        )
+
+    def _network(self, quantize: bool) -> nn.Module:
+        if self.args.quick:
+            model: nn.Module = ResNet(
+                BasicBlock, [1, 1, 1, 1], 10, quantize=quantize, small_input=True, width=8
+            )
+        else:
+            model = resnet18(quantize=quantize)
+        layout = torch.channels_last if self.args.bfloat16 else torch.contiguous_format
+        return model.to(self.args.device, memory_format=layout)

@@ -1,0 +1,54 @@
+"""The command line and the output that benchmarks of quantization-aware training share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timing import Row, machine, report, status
+
+from pytorch_quant.files import written_aside
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add `--quick`, `--rounds`, `--device`, `--compile` and `--json`."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small tensors and few rounds")
+    add("--rounds", type=int, default=rounds, help=f"rounds of each timing (default: {rounds})")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--compile", action="store_true", help="measure compiled code as well")
+    add("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+
+
+def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; an argument that cannot be is an error of the parser."""
+    args = parser.parse_args(argv)
+    for name in ("rounds", "batch_size"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; use --device cpu")
+    if args.quick:
+        args.rounds = min(args.rounds, 2)
+    return args
+
+
+def finish(title: str, rows: Sequence[Row], args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Print the table, write the JSON, and return the exit status."""
+    command = shlex.join(["python", f"tools/bench/{Path(sys.argv[0]).name}", *argv])
+    print(report(title, rows, command, args.device))
+    if args.json is not None:
+        content = {
+            "title": title,
+            "machine": machine(args.device),
+            "command": command,
+            "rows": [row._asdict() for row in rows],
+        }
+        with written_aside(args.json) as path:
+            Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    return status(rows)
