@@ -1,0 +1,204 @@
+"""Each quantized place of a model on a switch of its own; afterwards all is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytorch_quant.analysis.sites import Holder, Site, find_sites, is_active, unwrapped
+from pytorch_quant.batches import Forward, call_model, copied, tensors_in
+from pytorch_quant.nn.modes import weight_quantizers
+from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
+from pytorch_quant.plain_pass import plain_forward
+
+Tap = Callable[["Switch", Tensor], Tensor]
+
+_MODES = ("_disabled", "_if_quant", "_if_clip")
+
+
+class Switch:
+    """A quantizer at one of its places, which it does not share.
+
+    Args:
+        holder: The place.
+        site: The name of its layer or call.
+        is_weight: It is the weight quantizer of a layer.
+
+    Attributes:
+        on: Quantize as the modes of the quantizer say; otherwise pass tensors through.
+        tap: Is shown each tensor that comes, and gives what goes on instead of it.
+    """
+
+    def __init__(self, holder: Holder, site: str, is_weight: bool = False) -> None:
+        self.holder = holder
+        self.site = site
+        self.is_weight = is_weight
+        self.modes = {mode: getattr(holder.quantizer, mode) for mode in _MODES}
+        self.on = False
+        self.tap: Tap | None = None
+        # Shares buffers and hooks with the quantizer, and has modes of its own.
+        self.stand_in: Any = object.__new__(type(holder.quantizer))
+        self.stand_in.__dict__.update(holder.quantizer.__dict__)
+        # Nor is it in a scope of `cached_weights`, which keeps what an enabled quantizer gave.
+        own = {"training": False, "_if_calib": False, "_kept": None, "forward": self._forward}
+        self.stand_in.__dict__.update(own)
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.set(on=False, tap=None)
+
+    def set(self, *, on: bool, tap: Tap | None) -> None:
+        """Change the attributes."""
+        self.on, self.tap = on, tap
+        self._show_modes()
+
+    def _show_modes(self) -> None:
+        # A recurrent layer whose quantizers are all disabled does not call them.
+        called = self.on or self.tap is not None
+        self.stand_in.__dict__.update(self.modes if called else {"_disabled": True})
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """What the quantizer makes of `x` when it is on."""
+        if not isinstance(x, nn.Parameter) or torch.is_grad_enabled():
+            return self._applied(x, self.modes)
+        # The parameter is kept, so that its id stays its own.
+        if id(x) not in self._weights:
+            self._weights[id(x)] = x, self._applied(x, self.modes)
+        return self._weights[id(x)][1]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.tap is not None:
+            x = self.tap(self, x)
+        return self.quantized(x) if self.on else self._applied(x, {"_disabled": True})
+
+    def _applied(self, x: Tensor, modes: dict[str, bool]) -> Tensor:
+        self.stand_in.__dict__.update(modes)
+        try:
+            return type(self.stand_in).forward(self.stand_in, x)
+        finally:
+            self._show_modes()
+
+
+class Switches:
+    """The quantized places of one model, all off at first; made by `switched`.
+
+    Attributes:
+        model: The model, without wrappers.
+        sites: By name.
+        all: The switches of each site.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[Site], forward: Forward | None) -> None:
+        self.model = model
+        self.sites = {site.name: site for site in sites}
+        weights = weight_quantizers(model)
+        self.all = {
+            site.name: [
+                Switch(holder, site.name, holder.quantizer in weights)
+                for holder in site.holders
+                if is_active(holder.quantizer)
+            ]
+            for site in sites
+        }
+        self._forward = forward or call_model
+
+    def __iter__(self) -> Iterator[Switch]:
+        for switches in self.all.values():
+            yield from switches
+
+    def use(self, names: Iterable[str]) -> None:
+        """Let the sites of these names quantize, and no others."""
+        chosen = set(names)
+        for switch in self:
+            switch.set(on=switch.site in chosen, tap=switch.tap)
+
+    def tap(self, tap: Tap | None) -> None:
+        """Show every tensor that comes to a quantizer to `tap`."""
+        for switch in self:
+            switch.set(on=switch.on, tap=tap)
+
+    def run(self, batch: Any) -> Any:
+        """What the model returns for a batch, which is left as it is."""
+        return self._forward(self.model, copied(batch))
+
+    def outputs(self, batch: Any, names: Iterable[str]) -> list[Tensor]:
+        """The floating-point tensors that the model returns, with these sites quantizing.
+
+        Raises:
+            ValueError: there are none.
+        """
+        self.use(names)
+        return float_tensors(self.run(batch))
+
+
+def float_tensors(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [t.detach() for t in tensors_in(outputs) if t.is_floating_point()]
+    if not found:
+        raise ValueError(
+            f"the model returned no floating-point tensor (a {type(outputs).__name__}), so that no "
+            "error can be measured; pass forward=lambda model, batch: ... that returns one"
+        )
+    return found
+
+
+@contextmanager
+def switched(model: nn.Module, forward: Forward | None, who: str) -> Iterator[Switches]:
+    """Let each quantized place of `model` be switched alone, in eval mode without gradients.
+
+    Quantizers are replaced by stand-ins meanwhile. Those that are disabled stay so and are in no
+    site. Modes, buffers, the random state and the quantizers come back.
+
+    Args:
+        model: Quantized and calibrated.
+        forward: `forward(model, batch)` runs one batch.
+        who: The function for messages.
+
+    Raises:
+        RuntimeError: quantizers without a range, naming them.
+        ValueError: no quantizers, or none that is enabled.
+    """
+    inner = unwrapped(model)
+    found = find_sites(inner)
+    if not found:
+        raise ValueError(
+            f"{who}: the model has no TensorQuantizer; call quantize(model, example_inputs=...) "
+            "and calibrate(model, batches) first"
+        )
+    sites = [site for site in found if any(is_active(h.quantizer) for h in site.holders)]
+    if not sites:
+        raise ValueError(f"{who}: every quantizer of the model is disabled; enable() some")
+    _check_ranges(sites, who)
+    switches = Switches(inner, sites, forward)
+    with plain_forward(inner):
+        try:
+            for switch in switches:
+                holder = switch.holder
+                holder.module._modules[holder.key] = switch.stand_in
+            yield switches
+        finally:
+            for switch in switches:
+                holder = switch.holder
+                holder.module._modules[holder.key] = holder.quantizer
+
+
+def _check_ranges(sites: list[Site], who: str) -> None:
+    missing: dict[TensorQuantizer, str] = {}
+    for site in sites:
+        for holder in site.holders:
+            q = holder.quantizer
+            amax = None if q._dynamic else q.amax
+            # NaN stands for a quantizer that calibration did not reach.
+            if q.needs_amax or (is_active(q) and amax is not None and bool(amax.isnan().any())):
+                missing.setdefault(q, holder.name)
+    if missing:
+        raise RuntimeError(
+            f"{who} on {len(missing)} uncalibrated quantizer(s): {', '.join(missing.values())}. "
+            "Run calibrate(model, batches) first, or disable() them"
+        )
