@@ -49,32 +49,33 @@ def store_integer_weights(graph: Any) -> int:
         for i, used in enumerate(user.input):
             user.input[i] = replaced.get(used, used)
     stored = len(replaced)
-    _drop_unused(graph)
+    drop_unused(graph)
     return stored
 
 
-def name_after_quantizers(graph: Any) -> None:
-    """Name scales, zero points and Q/DQ nodes after the quantizer module they come from."""
-    renamed: dict[str, str] = {}
+def name_after_modules(graph: Any) -> None:
+    """Name nodes after the module they come from, and each quantizer's constants after it."""
     taken = {c.name for c in graph.initializer}
-    constants = set(taken)
+    constants = {c.name: c for c in graph.initializer}
+    renamed: dict[tuple[str, str], str] = {}
     for node in graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
         module = _module_of(node)
         if module is None:
             continue
         node.name = _free(f"{module}/{node.op_type}", taken)
-        for used, role in zip(node.input[1:], ("scale", "zero_point"), strict=False):
-            if used in constants and used not in renamed:
-                renamed[used] = _free(f"{module}.{role}", taken)
-    for constant in graph.initializer:
-        constant.name = renamed.get(constant.name, constant.name)
-    for info in graph.value_info:
-        info.name = renamed.get(info.name, info.name)
-    for node in graph.node:
-        for i, used in enumerate(node.input):
-            node.input[i] = renamed.get(used, used)
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for i, role in zip((1, 2), ("scale", "zero_point"), strict=True):
+            used = node.input[i] if i < len(node.input) else ""
+            if used not in constants:
+                continue
+            # The exporter lets quantizers share equal constants; who edits one means one.
+            if (used, module) not in renamed:
+                name = renamed[used, module] = _free(f"{module}.{role}", taken)
+                graph.initializer.add().CopyFrom(constants[used])
+                graph.initializer[-1].name = name
+            node.input[i] = renamed[used, module]
+    drop_unused(graph)
 
 
 def drop_traces(graph: Any) -> None:
@@ -95,6 +96,18 @@ def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -
     if first is None or second is None:
         return None
     return (torch.maximum if node.op_type == "Max" else torch.minimum)(first, second)
+
+
+def clipped_constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Any:
+    """What stands behind the clip before a narrow grid, as an `onnx.TensorProto`, or None."""
+    import onnx
+
+    value = _constant(name, constants, producers)
+    if value is None:
+        return None
+    kind = constants[_root(name, producers)].data_type
+    raw = np.asarray(value.contiguous().reshape(-1).view(torch.uint8)).tobytes()
+    return onnx.TensorProto(data_type=kind, dims=list(value.shape), raw_data=raw)
 
 
 def _to_torch(constant: Any) -> Tensor:
@@ -139,13 +152,26 @@ def _axis(node: Any) -> int:
 def _module_of(node: Any) -> str | None:
     scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
     if scopes is None:
-        return None
+        return _module_in_name(node.name)
     try:
         path = [scope for scope in ast.literal_eval(scopes) if scope]
     except (SyntaxError, ValueError):
         return None
     # The last scope is the node itself, those before it the modules from the outside in.
     return path[-2] if len(path) > 1 else None
+
+
+def _module_in_name(name: str) -> str | None:
+    """The module of a node that the TorchScript exporter named, as `/layer1/layer1.0/conv/Conv`."""
+    if not name.startswith("/"):
+        return None
+    parts: list[str] = []
+    for part in name.split("/")[1:-1]:
+        # A child of a Sequential repeats the name of its parent.
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts) or None
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -167,7 +193,8 @@ def _used_by(node: Any) -> set[str]:
     return used
 
 
-def _drop_unused(graph: Any) -> None:
+def drop_unused(graph: Any) -> None:
+    """Drop nodes and constants that lead to no output of the graph, in place."""
     kept = {output.name for output in graph.output}
     nodes = []
     for node in reversed(graph.node):

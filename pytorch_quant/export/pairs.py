@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pytorch_quant.export.wiring import read_by_bodies
+
 
 def merge_equal_pairs(graph: Any) -> int:
     """Let quantized consumers of one tensor share its QuantizeLinear and DequantizeLinear.
@@ -21,6 +23,7 @@ def merge_equal_pairs(graph: Any) -> int:
     """
     content = _content_of(graph)
     outputs = {output.name for output in graph.output}
+    outputs.update(*(read_by_bodies(node) for node in graph.node))
     dropped = 0
     for kind in ("QuantizeLinear", "DequantizeLinear"):
         first: dict[Any, str] = {}

@@ -8,6 +8,7 @@ from torch import nn
 
 from pytorch_quant import QuantDescriptor, calibrate, export_onnx, quant_modules
 from pytorch_quant import nn as quant_nn
+from pytorch_quant.nn.modes import named_quantizers
 
 
 def network(channels=32):
@@ -68,7 +69,9 @@ def test_integer_weights_are_the_codes_of_the_simulation(tmp_path, calibrated):
     assert report.dequantize_nodes == kinds.count("DequantizeLinear") == 9
     assert report.size == (tmp_path / "m.onnx").stat().st_size
     assert report.float_quantizers == []
-    assert "5 Q, 9 DQ, 4 integer weights" in str(report)
+    assert (report.quantized_layers, report.weight_only_layers, report.float_layers) == (4, 0, ())
+    assert "5 Q, 9 DQ, 4 integer weights; 4 quantized layers" in str(report)
+    assert len(str(report).splitlines()) == 2
     assert not any(c.data_type == TensorProto.FLOAT and len(c.dims) > 1 for c in values.values())
 
 
@@ -133,6 +136,9 @@ def test_a_disabled_quantizer_is_float_and_listed(tmp_path, calibrated):
         q.disable()
     report = export_onnx(model, x, tmp_path / "m.onnx")
     assert report.float_quantizers == ["6._input_quantizer", "6._weight_quantizer"]
+    assert report.quantized_layers == 3 and report.float_layers == ("6/Gemm",)
+    assert "1 float layers: 6/Gemm" in str(report)
+    assert "disabled quantizers: 6._input_quantizer, 6._weight_quantizer" in str(report)
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
     np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
 
@@ -321,3 +327,149 @@ def test_uncalibrated_with_torchs_own_fake_quantize(tmp_path, monkeypatch):
     export_onnx(model, x, tmp_path / "m.onnx")
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
     np.testing.assert_allclose(got, model(x).detach(), atol=0.02)
+
+
+@pytest.mark.parametrize("weights", ["int8", "float"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_both_exporters_write_the_same(tmp_path, calibrated, weights):
+    model, x = calibrated
+    options = {"weights": weights, "input_names": ["image"], "output_names": ["logits"]}
+    paths = [tmp_path / "dynamo.onnx", tmp_path / "torchscript.onnx"]
+    reports = [export_onnx(model, x, path, dynamo=path is paths[0], **options) for path in paths]
+    assert reports[0].opset == reports[1].opset
+    held = []
+    for path in paths:
+        graph = onnx.load(path).graph
+        kinds = ("QuantizeLinear", "DequantizeLinear", "Conv", "ConvTranspose", "Gemm")
+        values = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
+        nodes = {n.name: (n.op_type, list(n.attribute)) for n in graph.node if n.op_type in kinds}
+        held.append((values, {name: nodes[name][0] for name in nodes}))
+    # The shape that a layer is flattened to has a name of the exporter's own.
+    ours = [{n: v for n, v in values.items() if n[0].isdigit()} for values, _ in held]
+    assert len(ours[0]) == 26 and set(ours[0]) == set(ours[1]) and held[0][1] == held[1][1]
+    for name, value in ours[0].items():
+        np.testing.assert_array_equal(value, ours[1][name])
+    outputs = [onnx_runs.run(path, x.numpy())[0] for path in paths]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [({0: "n"},), {"x": {0: torch.export.Dim("n")}}, (["n"],)])
+def test_dynamic_shapes_by_the_older_exporter(tmp_path, shapes):
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = quant_nn.QuantLinear(4, 4)
+
+        def forward(self, x):
+            return self.body(x) * 2
+
+    model, x = Doubled(), torch.randn(2, 4)
+    calibrate(model.eval(), [x], progress=False)
+    export_onnx(model, x, tmp_path / "m.onnx", dynamic_shapes=shapes, dynamo=False)
+    (given,) = onnx.load(tmp_path / "m.onnx").graph.input
+    assert given.name == "x" and given.type.tensor_type.shape.dim[0].dim_param == "n"
+    x = torch.randn(7, 4)
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+
+
+def eight_bit_float(model):
+    model[6]._weight_quantizer.num_bits = (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "opset", "message"),
+    [
+        (None, 12, "opset=12 is too low for a model in per-channel; use opset=13"),
+        (None, 21, "opset=21 is above 20, where the TorchScript exporter"),
+        (eight_bit_float, 18, "too low for a model in FP8; use opset=19"),
+        (nn.Module.half, 17, "too low for a model in float16; use opset=19"),
+        (nn.Module.bfloat16, None, "bfloat16 needs opset 22, and the TorchScript.*dynamo=True"),
+    ],
+)
+def test_opsets_of_the_older_exporter(tmp_path, calibrated, change, opset, message):
+    model, x = calibrated
+    if change is not None:
+        change(model)
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model, x, tmp_path / "m.onnx", opset=opset, dynamo=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_opset_by_the_older_exporter(tmp_path, calibrated):
+    model, x = calibrated
+    report = export_onnx(model, x, tmp_path / "m.onnx", opset=13, dynamo=False)
+    assert report.opset == 13 and report.integer_weights == 4
+    (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
+    np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
+
+
+def test_bfloat16_in_the_reference_implementation(tmp_path, calibrated):
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = nn.Sequential(quant_nn.QuantLinear(16, 8)), torch.randn(4, 16)
+    calibrate(model, [x], progress=False)
+    model.bfloat16()
+    report = export_onnx(model, x.bfloat16(), tmp_path / "m.onnx")
+    assert report.opset == 22
+    file = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    given = x.bfloat16().view(torch.int16).numpy().view(onnx.helper.tensor_dtype_to_np_dtype(16))
+    (got,) = ReferenceEvaluator(file).run(None, {file.graph.input[0].name: given})
+    expected = model(x.bfloat16()).detach().float()
+    np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("weights", ["int8", "float"])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_nothing_is_folded_and_biases_stay_float(tmp_path, calibrated, weights, dynamo):
+    model, x = calibrated
+    report = export_onnx(model, x, tmp_path / "m.onnx", weights=weights, dynamo=dynamo)
+    stored = weights == "int8"
+    assert report.quantize_nodes == (5 if stored else 9) and report.dequantize_nodes == 9
+    assert report.integer_weights == (4 if stored else 0) and report.quantized_layers == 4
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    held = {c.name: c for c in graph.initializer}
+    for layer in (n for n in graph.node if n.op_type in ("Conv", "ConvTranspose", "Gemm")):
+        assert held[layer.input[2]].data_type == TensorProto.FLOAT
+    for node in (
+        n
+        for n in graph.node
+        if n.op_type.endswith("quantizeLinear") or n.op_type == "QuantizeLinear"
+    ):
+        assert len(node.input) == 3 and node.input[1] in held and node.input[2] in held
+        per_channel = len(held[node.input[1]].dims) == 1
+        assert per_channel == any(a.name == "axis" for a in node.attribute)
+
+
+def test_quantizers_share_no_constants(tmp_path):
+    """Whoever edits the scale of one quantizer in the file means that one."""
+    model = nn.Sequential(quant_nn.QuantLinear(4, 4), quant_nn.QuantLinear(4, 4))
+    calibrate(model, [torch.randn(2, 4)], progress=False)
+    for layer in model:
+        layer._input_quantizer.amax = 2.0
+    export_onnx(model, torch.randn(2, 4), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    scales = [n.input[1] for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert scales == ["0._input_quantizer.scale", "1._input_quantizer.scale"]
+
+
+def test_no_quantizer_keeps_what_the_export_gave_it(tmp_path, calibrated):
+    model, _ = calibrated
+    with pytest.raises(Exception, match=r"torch\.export"):
+        export_onnx(model, torch.randn(2, 5, 8, 8), tmp_path / "m.onnx")
+    for quantizer in named_quantizers(model).values():
+        assert "_write_pair" not in vars(quantizer)
+
+
+def test_an_amax_that_does_not_fit_its_input(tmp_path, calibrated):
+    model, x = calibrated
+    model[6]._weight_quantizer._amax = torch.ones(3, 1)
+    with pytest.raises(Exception) as error:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    told, cause = "", error.value
+    while cause is not None:
+        told, cause = told + str(cause), cause.__cause__
+    assert (
+        "6._weight_quantizer: an amax of shape (3, 1) does not fit an input of shape (5, 6)" in told
+    )

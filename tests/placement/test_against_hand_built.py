@@ -90,6 +90,6 @@ def test_a_placed_network_folds_without_inputs_and_exports_clean(placement, tmp_
     assert sum(isinstance(m, TensorQuantizer) for m in model.modules()) == quantizers
     # A code that rounding moves shows in a random network, and few are.
     assert float((folded - expected).abs().max() / expected.abs().max()) < 0.05
-    export_onnx(model, x, tmp_path / "m.onnx")
     target = "tensorrt" if placement == "tensorrt" else "onnxruntime"
+    export_onnx(model, x, tmp_path / "m.onnx", target=target)
     assert [f for f in lint_onnx(tmp_path / "m.onnx", target) if f.severity != "warning"] == []

@@ -35,7 +35,7 @@ def test_a_residual_network_is_computed_in_integers(tmp_path):
     quantize(model, example_inputs=x, placement="onnxruntime")
     fold_batchnorm(model)
     calibrate(model, [x], progress=False)
-    export_onnx(model, x, tmp_path / "m.onnx")
+    export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")

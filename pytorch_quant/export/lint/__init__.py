@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_quant.export.lint import (  # noqa: F401  (each enters its rules into the table)
     attention,
+    cpu,
     float_layers,
     formats,
     joins,
@@ -22,9 +23,9 @@ from pytorch_quant.export.lint.graph import open_graph
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["NOT_CHECKED", "RULES", "Finding", "Rule", "lint_onnx"]
+__all__ = ["NOT_CHECKED", "RULES", "Finding", "Rule", "check_target", "lint_onnx"]
 
-_FAMILIES = "ROFWLH"
+_FAMILIES = "ROFWLHX"
 
 
 def lint_onnx(path: str | os.PathLike[str] | ModelProto, target: str = "tensorrt") -> list[Finding]:
@@ -46,10 +47,7 @@ def lint_onnx(path: str | os.PathLike[str] | ModelProto, target: str = "tensorrt
         OSError: the file or its external data is missing or cannot be read.
         ValueError: the file is no ONNX model, or its nodes are not in order; an unknown target.
     """
-    if target not in TARGETS:
-        near = difflib.get_close_matches(str(target), TARGETS, n=1, cutoff=0.4)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}{guess}")
+    check_target(target)
     graph = open_graph(path, target)
     findings = []
     for rule in sorted(RULES.values(), key=_place):
@@ -67,6 +65,14 @@ def lint_onnx(path: str | os.PathLike[str] | ModelProto, target: str = "tensorrt
                 )
             )
     return findings
+
+
+def check_target(target: str) -> None:
+    """Raise ValueError for a runtime that there are no rules for."""
+    if target not in TARGETS:
+        near = difflib.get_close_matches(str(target), TARGETS, n=1, cutoff=0.4)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}{guess}")
 
 
 def _place(rule: Rule) -> tuple[int, int]:

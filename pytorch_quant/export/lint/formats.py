@@ -111,7 +111,10 @@ def codes_in_range(graph: Graph) -> Iterator[Problem]:
             continue
         if scale.size > 1:
             axis = int(node.attrs.get("axis", 1)) % value.ndim
-            scale = scale.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+            if "block_size" in node.attrs:
+                scale = np.repeat(scale, int(node.attrs["block_size"]), axis)
+            else:
+                scale = scale.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
         limit = 2 * bound(code_type(graph, node)) * np.abs(scale.astype(float))
         if (np.abs(value.astype(float)) > limit).any():
             yield Problem(

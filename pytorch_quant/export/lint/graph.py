@@ -12,6 +12,7 @@ import numpy as np
 
 from pytorch_quant.einsum import MatrixProduct, matrix_product
 from pytorch_quant.export.lint.operators import QDQ
+from pytorch_quant.export.saving import read_model
 
 _LARGE = 1024
 
@@ -274,28 +275,10 @@ def open_graph(model: Any, target: str) -> Graph:
         folder = None
     else:
         path = Path(os.fspath(model))
-        content = path.read_bytes()
-        try:
-            model = onnx.load_model_from_string(content)
-        except Exception as error:
-            raise ValueError(f"{path} is not an ONNX file ({error}); export one") from error
-        if not model.opset_import or not (model.graph.node or model.graph.output):
-            raise ValueError(f"{path} is not an ONNX file: it holds no graph; export one")
-        folder = path.parent
-        for constant in model.graph.initializer:
-            _check_external(constant, folder, path)
+        model, folder = read_model(path), path.parent
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     return Graph(model, folder, target)
-
-
-def _check_external(constant: Any, folder: Path, path: Path) -> None:
-    location = next((e.value for e in constant.external_data if e.key == "location"), None)
-    if location is not None and not (folder / location).is_file():
-        raise FileNotFoundError(
-            f"{folder / location} does not exist, and {path} keeps {constant.name} in it; put both "
-            "files into one folder"
-        )
 
 
 def _captured(node: Node) -> set[str]:

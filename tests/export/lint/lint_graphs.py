@@ -96,5 +96,6 @@ class Build:
 
 
 def found(model, target="tensorrt"):
-    """`(rule, severity, node)` of each finding."""
-    return [(f.rule, f.severity, f.node) for f in lint_onnx(model, target)]
+    """`(rule, severity, node)` of each finding; rules X have `test_lint_cpu.py` to themselves."""
+    findings = [f for f in lint_onnx(model, target) if f.rule[0] != "X"]
+    return [(f.rule, f.severity, f.node) for f in findings]

@@ -1,0 +1,277 @@
+"""The runtimes that may run an exported file, behind one small interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, LifoQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytorch_quant.export.ports import Port, ports, read_onnx
+from pytorch_quant.optional import require
+
+# The module that each needs.
+_MODULES = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "reference": "onnx",
+    "tensorrt": "tensorrt",
+}
+ENGINES = tuple(_MODULES)
+# Protocol buffers cannot be larger than 2 GiB.
+_LARGEST_PROTO = 2**31 - 2**20
+
+
+def installed(engine: str) -> bool:
+    """Whether the package of an engine is there, and for TensorRT a GPU as well."""
+    if importlib.util.find_spec(_MODULES[engine]) is None:
+        return False
+    return engine != "tensorrt" or torch.cuda.is_available()
+
+
+def check_engine(engine: str) -> None:
+    """Raise unless `engine` is one of `ENGINES` and its package can be imported.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    require(_MODULES[engine])
+
+
+def fastest_engine() -> str:
+    """OpenVINO on x86 where it is installed, else ONNX Runtime."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return "openvino" if x86 and installed("openvino") else "onnxruntime"
+
+
+class Session(ABC):
+    """A model that is loaded into an engine. Several threads may run it at once.
+
+    Attributes:
+        inputs: What it takes.
+        outputs: What it gives.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.inputs, self.outputs = ports(model)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Run on tensors in the order of `inputs`.
+
+        Returns:
+            New tensors on the CPU, which share no memory with anything.
+
+        Raises:
+            RuntimeError: a tensor is not on the CPU.
+            TypeError: a tensor has another dtype than the file takes.
+            ValueError: the number of tensors or a shape does not fit.
+        """
+        check_inputs(self.inputs, tensors)
+        with torch.no_grad():
+            return self._run([tensor.detach().contiguous() for tensor in tensors])
+
+    @abstractmethod
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]: ...
+
+
+def check_inputs(expected: Sequence[Port], tensors: Sequence[Tensor]) -> None:
+    """Raise unless the tensors fit the inputs of a file; see `Session.run`."""
+    if len(tensors) != len(expected):
+        names = ", ".join(map(str, expected)) or "none"
+        raise ValueError(
+            f"the file takes {len(expected)} input(s), {names}; got {len(tensors)} tensor(s)"
+        )
+    for port, tensor in zip(expected, tensors, strict=True):
+        if tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"input {port.name!r} is on {tensor.device}, and the engine runs on the CPU; pass "
+                "batch.cpu(): nothing is moved between devices unasked"
+            )
+        if port.dtype is not None and tensor.dtype != port.dtype:
+            raise TypeError(
+                f"the file takes {port}, got {tensor.dtype}; convert it with .to({port.dtype})"
+            )
+        if port.shape is None:
+            continue
+        fits = len(port.shape) == tensor.dim() and all(
+            size in (None, n) for size, n in zip(port.shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"the file takes {port}, got shape {tuple(tensor.shape)}; only dimensions shown as "
+                "? may vary: pass this shape, or export with dynamic_shapes"
+            )
+
+
+def open_session(
+    model: str | os.PathLike[str] | Any,
+    engine: str,
+    *,
+    threads: int | None = None,
+    optimize: bool = True,
+) -> Session:
+    """Load a model into an engine.
+
+    Args:
+        model: A file, or an `onnx.ModelProto` that holds its data.
+        engine: One of `ENGINES`.
+        threads: How many the engine uses; by default as many as torch.
+        optimize: Let ONNX Runtime rewrite the graph; the others decide for themselves.
+
+    Raises:
+        ImportError: the engine is not installed.
+        OSError: the file or its external data is missing.
+        RuntimeError: the engine cannot load the model.
+        ValueError: an unknown engine, or no ONNX file.
+    """
+    check_engine(engine)
+    threads = torch.get_num_threads() if threads is None else threads
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a number >= 1, got {threads!r}")
+    if engine == "tensorrt":
+        from pytorch_quant.export.engine_tensorrt import TensorRTSession
+
+        return TensorRTSession(model)
+    kinds: dict[str, Any] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
+    if engine in kinds:
+        return kinds[engine](model, threads, optimize)
+    return _Reference(model)
+
+
+def is_path(model: Any) -> bool:
+    """Whether `model` is a path, and no `onnx.ModelProto`."""
+    return isinstance(model, (str, os.PathLike))
+
+
+def _described(model: Any) -> Any:
+    return read_onnx(model, data=False) if is_path(model) else model
+
+
+class _OnDisk:
+    """The path of a model; one in memory is written to a folder that is gone afterwards."""
+
+    def __init__(self, model: Any) -> None:
+        self._folder: Any = None
+        if is_path(model):
+            self.path = str(model)
+            return
+        import onnx
+
+        self._folder = tempfile.TemporaryDirectory(prefix="pytorch_quant_")
+        self.path = str(Path(self._folder.name) / "model.onnx")
+        large = model.ByteSize() > _LARGEST_PROTO
+        onnx.save(model, self.path, save_as_external_data=large)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class _OnnxRuntime(Session):
+    def __init__(self, model: Any, threads: int, optimize: bool) -> None:
+        import onnxruntime
+
+        super().__init__(_described(model))
+        if any(port.dtype == torch.bfloat16 for port in self.inputs):
+            raise RuntimeError(
+                "ONNX Runtime takes no bfloat16 arrays; export model.float() or model.half()"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            with _OnDisk(model) as path:
+                self._session = onnxruntime.InferenceSession(
+                    path, options, providers=["CPUExecutionProvider"]
+                )
+        except Exception as error:
+            raise RuntimeError(f"ONNX Runtime cannot load the model: {error}") from error
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
+        feeds = {port.name: t.numpy() for port, t in zip(self.inputs, tensors, strict=True)}
+        # The arrays that it returns own their memory; nothing is copied in or out.
+        return [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+
+
+class _OpenVino(Session):
+    def __init__(self, model: Any, threads: int, optimize: bool) -> None:
+        openvino = require("openvino")
+        super().__init__(_described(model))
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # Without it, processors with bfloat16 units run in bfloat16 what is not quantized.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        try:
+            core = openvino.Core()
+            with _OnDisk(model) as path:
+                self._compiled = core.compile_model(core.read_model(path), "CPU", options)
+        except Exception as error:
+            raise RuntimeError(f"OpenVINO cannot load the model: {error}") from error
+        self._idle: LifoQueue[Any] = LifoQueue()
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
+        # A request serves one thread at a time.
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = self._compiled.create_infer_request()
+        arrays = [tensor.numpy() for tensor in tensors]
+        request.infer(arrays, share_inputs=True, share_outputs=True)
+        # The next run of the request overwrites its results.
+        results = [
+            torch.from_numpy(np.array(request.get_output_tensor(i).data))
+            for i in range(len(self.outputs))
+        ]
+        self._idle.put(request)
+        return results
+
+
+class _Reference(Session):
+    def __init__(self, model: Any) -> None:
+        import onnx.reference
+
+        model = read_onnx(model) if is_path(model) else model
+        super().__init__(model)
+        try:
+            self._evaluator = onnx.reference.ReferenceEvaluator(model)
+        except Exception as error:
+            raise RuntimeError(f"onnx.reference cannot load the model: {error}") from error
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
+        feeds = {p.name: _to_numpy(t) for p, t in zip(self.inputs, tensors, strict=True)}
+        results: Any = self._evaluator.run(None, feeds)
+        return [_to_torch(np.asarray(result)) for result in results]
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype != torch.bfloat16:
+        return np.array(tensor.numpy())
+    import ml_dtypes
+
+    # NumPy has no bfloat16 of its own; the onnx package brings one.
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+
+
+def _to_torch(array: np.ndarray) -> Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
