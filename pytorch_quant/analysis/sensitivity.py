@@ -35,12 +35,12 @@ def sensitivity(
 ) -> Sensitivity:
     """Rank layers by the harm that quantizing each of them alone does, the worst first.
 
-    | method | score | cost |
-    |---|---|---|
-    | `sqnr` | SQNR of the output, as in `layer_errors`; no labels | a pass for each layer |
-    | `loss` | increase of the mean loss | a pass for each layer |
-    | `fisher` | predicted increase of the loss | one forward and backward pass for all |
-    | `evaluate` | drop of the score of `evaluate` | one evaluation for each layer |
+    Methods, what they score, and what they cost:
+
+    - `sqnr`: SQNR of the output, as in `layer_errors`; no labels; a pass for each layer
+    - `loss`: increase of the mean loss; a pass for each layer
+    - `fisher`: predicted increase of the loss; one forward and backward pass for all
+    - `evaluate`: drop of the score of `evaluate`; one evaluation for each layer
 
     `fisher` is the mean over samples of `1/2 sum((g * e)**2)`: `g` the gradient of the loss of the
     sample and `e` the quantization error at the output of the layer, or at the operands of a call;

@@ -26,6 +26,7 @@ from pytorch_quant.export.initializers import (
 from pytorch_quant.export.int4 import store_blocks
 from pytorch_quant.export.pairs import merge_equal_pairs
 from pytorch_quant.export.recode import to_unsigned
+from pytorch_quant.export.repairs.products import keep_products
 from pytorch_quant.export.report import (
     ExportReport,
     LayerCounts,
@@ -117,6 +118,8 @@ def export_onnx(
                 "or choose one that this torch writes"
             )
         counts = _finished(proto.graph, target, integers=weights == "int8")
+        if target == "onnxruntime":
+            keep_products(proto)
         kinds = [node.op_type for node in proto.graph.node]
         size = save_checked(proto, aside, Path(path))
     return ExportReport(

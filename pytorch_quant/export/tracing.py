@@ -61,7 +61,13 @@ def _ready_to_export(model: nn.Module) -> Iterator[None]:
         model.eval()
         for quantizer in named_quantizers(model).values():
             quantizer.disable_calib()
-        yield
+        # The exporters know no fused kernels of a whole Transformer layer.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _by_the_current_exporter(

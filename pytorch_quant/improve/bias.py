@@ -32,7 +32,7 @@ class CorrectedLayer:
 
     Attributes:
         name: Its qualified name.
-        mean_shift: Mean over output channels of |E[y_quantized] - E[y_float]|, real units.
+        mean_shift: Mean over output channels of `|E[y_quantized] - E[y_float]|`, real units.
         largest_shift: The largest of them.
         bias_added: The layer had no bias and has one now.
     """

@@ -107,6 +107,8 @@ def quantized_weight(
 def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Fake-quantize each weight of `model` once, and use the result until the scope ends.
 
+    Around a loop over batches::
+
         model.eval()
         with torch.no_grad(), cached_weights(model):
             for batch in batches:

@@ -22,8 +22,7 @@ def quantization_dropout(model: nn.Module, p: float = 0.5) -> Undo:
         p: 0 (off) to 1 (activations stay float).
 
     Returns:
-        `with quantization_dropout(model):` ends it after the block, as calling what is returned
-        does.
+        What ends it when it is called, or after the block when it stands in a `with`.
 
     Raises:
         ValueError: `p` out of range, or no quantizers of activations.

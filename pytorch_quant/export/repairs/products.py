@@ -1,4 +1,4 @@
-"""Integer products that ONNX Runtime would fuse into a float one."""
+"""Integer products that ONNX Runtime would run in float for their float biases."""
 
 from __future__ import annotations
 
@@ -7,23 +7,53 @@ from typing import Any
 import numpy as np
 
 from pytorch_quant.export.lint.graph import Graph
-from pytorch_quant.export.lint.runtimes.onnxruntime import float_for_its_bias
+from pytorch_quant.export.lint.runtimes.onnxruntime import (
+    float_for_its_bias,
+    gemms_float_for_their_bias,
+)
 from pytorch_quant.export.wiring import Wiring, drop_unread, free_name, names
 
 
 def keep_products(model: Any) -> int:
-    """Reshape the biases for which ONNX Runtime would run a quantized MatMul in float, in place.
+    """Write biases so that ONNX Runtime runs the quantized products in front of them on integers.
 
-    It makes a Gemm of a MatMul and the Add of a bias of shape `(N,)`, and has no integer Gemm with
-    a float bias and a float result. A bias of shape `(1, 1, N)` adds the same and is left alone;
-    the MatMul then runs on integers. Only products of three or more dimensions can be kept so.
+    It has no integer Gemm with a float bias and a float result. A Gemm loses its bias to an Add
+    behind it. Of a MatMul and the Add of a bias of shape `(N,)` the runtime makes such a Gemm
+    itself; a bias of shape `(1, 1, N)` adds the same and is left alone, where the product has
+    three or more dimensions.
 
     Args:
-        model: An `onnx.ModelProto`, all its data loaded.
+        model: An `onnx.ModelProto`, all its data loaded, changed in place.
 
     Returns:
         The number of products.
     """
+    return _split_gemms(model) + _reshape_biases(model)
+
+
+def _split_gemms(model: Any) -> int:
+    import onnx
+
+    graph = Graph(model, None, "onnxruntime")
+    taken = names(model.graph)
+    split = 0
+    for gemm in gemms_float_for_their_bias(graph):
+        if gemm.attrs.get("beta", 1.0) != 1.0:
+            continue
+        result, bias = gemm.outputs[0], gemm.input(2)
+        product = free_name(f"{result}_product", taken)
+        place = next(i for i, node in enumerate(model.graph.node) if result in node.output)
+        node = model.graph.node[place]
+        del node.input[2:]
+        node.output[0] = product
+        name = free_name(f"{node.name}/bias", taken)
+        add = onnx.helper.make_node("Add", [product, bias], [result], name=name)
+        model.graph.node.insert(place + 1, add)
+        split += 1
+    return split
+
+
+def _reshape_biases(model: Any) -> int:
     import onnx
 
     graph = Graph(model, None, "onnxruntime")

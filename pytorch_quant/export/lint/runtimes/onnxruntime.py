@@ -168,6 +168,17 @@ def float_for_its_bias(graph: Graph) -> list[tuple[Node, str]]:
     return found
 
 
+def gemms_float_for_their_bias(graph: Graph) -> list[Node]:
+    """The quantized Gemms that run in float for their float bias and their float result."""
+    return [
+        node
+        for node in graph.of("Gemm")
+        if not float_operand(graph, node)
+        and _bias(graph, node, None) == "float"
+        and output_q(graph, node.outputs[0]) is None
+    ]
+
+
 def _bias_add(graph: Graph, node: Node) -> Node | None:
     """The Add behind a MatMul that ONNX Runtime makes a Gemm of both."""
     if node.op != "MatMul" or not graph.sole_consumer(node.outputs[0]):
