@@ -37,6 +37,7 @@ from pytorch_quant.export import (
 )
 from pytorch_quant.export.lint import Finding, lint_onnx
 from pytorch_quant.fold import fold_batchnorm, freeze_batchnorm
+from pytorch_quant.html_report import ReportFile, report
 from pytorch_quant.improve import adaround, bias_correction, equalize_weights, smooth_quant
 from pytorch_quant.nn import TensorQuantizer
 from pytorch_quant.nn.weight_cache import cached_weights
@@ -70,6 +71,7 @@ __all__ = [
     "FixReport",
     "Prediction",
     "QuantDescriptor",
+    "ReportFile",
     "RuntimeModel",
     "Scheme",
     "TensorQuantizer",
@@ -101,6 +103,7 @@ __all__ = [
     "qat",
     "quant_modules",
     "quantize",
+    "report",
     "save_calibration",
     "search_bits",
     "sensitivity",

@@ -55,7 +55,9 @@ LAYERS = [
     ("models", 6),
     ("compat", 6),
     ("demo", 7),
+    ("html_report", 7),
     ("cli", 7),
+    ("commands", 7),
 ]
 EXPORT_SEES = {"formats", "axes", "files", "optional", "descriptor", "scheme", "weight_presets"}
 EXPORT_SEES |= {

@@ -1,10 +1,13 @@
 """The onnx package's own cases of QuantizeLinear and DequantizeLinear, by our functional forms."""
 
+import importlib
+import warnings
+
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.backend.test.case.node import collect_testcases
+from onnx.backend.test.case import node as node_cases
 
 from pytorch_quant.axes import to_groups
 from pytorch_quant.fake_quant import dequantize, dynamic_quantize, quantize_to_codes
@@ -29,12 +32,11 @@ DEQUANTIZE = {"_e4m3fn", "_e4m3fn_float16", "_e4m3fn_zero_point", "_float4e2m1"}
 
 
 def cases(op):
-    import warnings
-
+    """By name without that of the operator. Its module registers them as it is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # A second call gives the cases of the first one as well.
-        found = [c for c in collect_testcases(op) if c.model.graph.node[0].op_type == op]
+        importlib.import_module(f"{node_cases.__name__}.{op.lower()}")
+    found = [c for c in node_cases._NodeTestCases if c.model.graph.node[0].op_type == op]
     return {c.name.removeprefix(f"test_{op.lower()}"): c for c in found}
 
 

@@ -141,7 +141,7 @@ def test_a_changed_bias_is_found(network, tmp_path, layer):
     def change(graph, constants):
         bias = constants[f"{layer}.bias"]
         array = numpy_helper.to_array(bias).copy()
-        array[1] += 0.05
+        array.reshape(-1)[1] += 0.05
         put(bias, array)
 
     report = verify_onnx(changed(path, tmp_path, change), model, x, engines=RUNTIME)

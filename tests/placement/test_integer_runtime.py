@@ -44,4 +44,6 @@ def test_a_residual_network_is_computed_in_integers(tmp_path):
     graph = onnx.load(tmp_path / "optimized.onnx").graph
     count = Counter(node.op_type for node in graph.node)
     assert (count["QLinearConv"], count["QLinearAdd"]) == (8, 3)
-    assert not {"Conv", "FusedConv", "Add", "Relu"} & set(count)
+    assert not {"Conv", "FusedConv", "Relu"} & set(count)
+    # The bias of the classifier, whose product is one of integers.
+    assert (count["QGemm"], count["Add"]) == (1, 1)

@@ -56,19 +56,27 @@ def _split_gemms(model: Any) -> int:
 def _reshape_biases(model: Any) -> int:
     import onnx
 
-    graph = Graph(model, None, "onnxruntime")
     wiring, taken = Wiring(model.graph), names(model.graph)
+    found = float_for_its_bias(Graph(model, None, "onnxruntime"))
     reshaped: dict[str, str] = {}
     kept = 0
-    for add, bias in float_for_its_bias(graph):
+    for add, bias in found:
         value = wiring.value(bias)
         if value is None:
             continue
         if bias not in reshaped:
-            reshaped[bias] = free_name(f"{bias}_row", taken)
             row = np.ascontiguousarray(value.reshape(1, 1, -1))
-            model.graph.initializer.append(onnx.numpy_helper.from_array(row, reshaped[bias]))
+            readers = [name for _, name in found].count(bias)
+            # Nobody else reads it: it keeps its name.
+            own = bias in wiring.initializers and len(wiring.uses(bias)) == readers
+            own = own and bias not in wiring.outputs | wiring.captured | wiring.inputs
+            reshaped[bias] = bias if own else free_name(f"{bias}_row", taken)
+            stored = onnx.numpy_helper.from_array(row, reshaped[bias])
+            if own:
+                wiring.initializers[bias].CopyFrom(stored)
+            else:
+                model.graph.initializer.append(stored)
         add.proto.input[add.inputs.index(bias)] = reshaped[bias]
         kept += 1
-    drop_unread(model.graph, set(reshaped))
+    drop_unread(model.graph, {bias for bias, name in reshaped.items() if bias != name})
     return kept
