@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytorch_quant import blockwise
+from pytorch_quant import blockwise, rematerialized
 from pytorch_quant.axes import Axis
 from pytorch_quant.formats import Format, IntFormat, parse_format
 
@@ -75,17 +75,23 @@ def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
         return (_rounded(x, scale, fmt) * scale).to(x.dtype)
     # Modes of torch functions that are active around a model have no part in what is done here.
     with torch._C.DisableTorchFunction():
-        divisor = torch.where(scale > 0, scale, 1.0)
-        if not blockwise.pays(x):
-            return _round_in_steps(_wide(x) / divisor, fmt).mul_(scale).to(x.dtype)
-        y = torch.empty_like(x)
-        for (part, out), (by, step) in blockwise.blocks((x, y), (divisor, scale)):
-            if x.dtype in _HALF_TYPES:
-                out.copy_(_round_in_steps(part.float().div_(by), fmt).mul_(step))
-                continue
-            rounded = _round_in_steps(torch.div(part, by, out=out), fmt)
-            torch.mul(rounded, step, out=out)
+        y = _values_at_once(x, scale, fmt)
+        rematerialized.note(y, x, lambda again: _values_at_once(again, scale, fmt))
         return y
+
+
+def _values_at_once(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    divisor = torch.where(scale > 0, scale, 1.0)
+    if not blockwise.pays(x):
+        return _round_in_steps(_wide(x) / divisor, fmt).mul_(scale).to(x.dtype)
+    y = torch.empty_like(x)
+    for (part, out), (by, step) in blockwise.blocks((x, y), (divisor, scale)):
+        if x.dtype in _HALF_TYPES:
+            out.copy_(_round_in_steps(part.float().div_(by), fmt).mul_(step))
+            continue
+        rounded = _round_in_steps(torch.div(part, by, out=out), fmt)
+        torch.mul(rounded, step, out=out)
+    return y
 
 
 def _wide(x: Tensor) -> Tensor:

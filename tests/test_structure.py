@@ -18,6 +18,7 @@ LAYERS = [
     ("formats", 0),
     ("axes", 0),
     ("blockwise", 0),
+    ("rematerialized", 0),
     ("distributed", 0),
     ("einsum", 0),
     ("files", 0),

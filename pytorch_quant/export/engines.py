@@ -159,6 +159,13 @@ def _described(model: Any) -> Any:
     return read_onnx(model, data=False) if is_path(model) else model
 
 
+def _holds_fp8(model: Any) -> bool:
+    import onnx
+
+    kinds = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
+    return any(constant.data_type in kinds for constant in model.graph.initializer)
+
+
 class _OnDisk:
     """The path of a model; one in memory is written to a folder that is gone afterwards."""
 
@@ -186,7 +193,8 @@ class _OnnxRuntime(Session):
     def __init__(self, model: Any, threads: int, optimize: bool) -> None:
         import onnxruntime
 
-        super().__init__(_described(model))
+        described = _described(model)
+        super().__init__(described)
         if any(port.dtype == torch.bfloat16 for port in self.inputs):
             raise RuntimeError(
                 "ONNX Runtime takes no bfloat16 arrays; export model.float() or model.half()"
@@ -194,6 +202,10 @@ class _OnnxRuntime(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if _holds_fp8(described):
+            # Further ones make integer operators of FP8 codes, which are refused afterwards, and
+            # drop a Relu in front of an FP8 Q as if its codes could not be negative.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

@@ -13,6 +13,8 @@ from pytorch_quant.fake_quant import quantize_to_codes
 from pytorch_quant.formats import FloatFormat, Format, IntFormat
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# What may stand between a weight and the product that reads it.
+_ON_WEIGHTS = ("DequantizeLinear", "QuantizeLinear", "Max", "Min", "Transpose")
 
 
 def store_integer_weights(graph: Any) -> int:
@@ -57,9 +59,10 @@ def name_after_modules(graph: Any) -> None:
     """Name nodes after the module they come from, and each quantizer's constants after it."""
     taken = {c.name for c in graph.initializer}
     constants = {c.name: c for c in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
     renamed: dict[tuple[str, str], str] = {}
     for node in graph.node:
-        module = _module_of(node)
+        module = _module_of(node) or _owner_of_weight(node, producers)
         if module is None:
             continue
         node.name = _free(f"{module}/{node.op_type}", taken)
@@ -159,6 +162,17 @@ def _module_of(node: Any) -> str | None:
         return None
     # The last scope is the node itself, those before it the modules from the outside in.
     return path[-2] if len(path) > 1 else None
+
+
+def _owner_of_weight(node: Any, producers: dict[str, Any]) -> str | None:
+    """The module whose weight a node reads; the exporter loses scopes behind a framed forward."""
+    if len(node.input) < 2 or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    name = node.input[1]
+    while name in producers and producers[name].op_type in _ON_WEIGHTS:
+        name = producers[name].input[0]
+    owner, found, _ = name.rpartition(".weight")
+    return owner if found and name not in producers else None
 
 
 def _module_in_name(name: str) -> str | None:

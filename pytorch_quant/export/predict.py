@@ -11,11 +11,13 @@ from pytorch_quant.export.lint import check_target
 from pytorch_quant.export.lint.graph import Graph, Node, open_graph
 from pytorch_quant.export.lint.grids import weight_input
 from pytorch_quant.export.lint.runtimes import VERDICTS
-from pytorch_quant.export.lint.runtimes.operands import judged
+from pytorch_quant.export.lint.runtimes.operands import ON_CODES, judged, on_codes
 from pytorch_quant.tables import aligned
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", *ON_CODES)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ def predict_int8(path: str | os.PathLike[str] | ModelProto, target: str = "tenso
     graph = open_graph(path, target)
     rows = []
     for node in judged(graph):
-        runs, reason = VERDICTS[target](graph, node)
+        if on_codes(node) and target != "onnxruntime":
+            runs, reason = False, f"an operator of ONNX Runtime, which {target} does not have"
+        else:
+            runs, reason = VERDICTS[target](graph, node)
         rows.append(Row(node.name, node.op, runs, reason, _macs(graph, node)))
     return Prediction(target, rows)
 
@@ -107,13 +112,13 @@ def _sizes(graph: Graph, tensor: str) -> tuple[int, ...] | None:
 
 
 def _macs(graph: Graph, node: Node) -> int | None:
-    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU"):
+    if node.op not in _PRODUCTS:
         return 0
     left, right = _sizes(graph, node.input(0)), _sizes(graph, node.input(1))
     out = _sizes(graph, node.outputs[0])
-    if left is None or right is None or out is None or node.op in ("LSTM", "GRU"):
+    if left is None or right is None or out is None or "LSTM" in node.op or node.op == "GRU":
         return None
-    if node.op == "Conv":
+    if node.op in ("Conv", "ConvInteger"):
         return math.prod(out) * math.prod(right[1:])
     if node.op == "ConvTranspose":
         return math.prod(left) * math.prod(right[1:])

@@ -17,6 +17,7 @@ from pytorch_quant.qat.learning import (
 )
 from pytorch_quant.qat.moving import update_ranges
 from pytorch_quant.qat.schedule import QATSchedule
+from pytorch_quant.rematerialized import rematerialize
 
 __all__ = [
     "GradualBits",
@@ -31,6 +32,7 @@ __all__ = [
     "parameter_groups",
     "quantization_dropout",
     "range_parameters",
+    "rematerialize",
     "stop_learning",
     "unfreeze",
     "unfreeze_batchnorm",

@@ -9,8 +9,13 @@ one DQ with one reader. Codes of one group have one type, and convolutions and p
 from __future__ import annotations
 
 from pytorch_quant.export.lint.graph import Graph, Node
-from pytorch_quant.export.lint.grids import INT8, INT32, UINT8, code_type, grid, weight_input
-from pytorch_quant.export.lint.runtimes.operands import RECURRENT, float_operand, zero_point
+from pytorch_quant.export.lint.grids import E4M3, INT8, INT32, UINT8, code_type, grid, weight_input
+from pytorch_quant.export.lint.runtimes.operands import (
+    RECURRENT,
+    float_operand,
+    on_codes,
+    zero_point,
+)
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _MOVED = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
@@ -22,6 +27,10 @@ _NO_Q = "its result goes to no single Q"
 
 def verdict(graph: Graph, node: Node) -> tuple[bool, str]:
     """Whether the node runs on 8-bit codes, and why."""
+    if on_codes(node):
+        return True, "an operator on codes"
+    if E4M3 in (input_type(graph, name) for name in node.inputs if name):
+        return False, "ONNX Runtime has no kernel for FP8 codes; Q, DQ and operator run one by one"
     if node.op == "Conv":
         return _conv(graph, node)
     if node.op in ("MatMul", "Gemm"):

@@ -12,6 +12,14 @@ from pytorch_quant.export.lint.weights import weight_dq
 JOINS = ("Add", "Mul", "Concat")
 POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool", "ReduceMean")
 RECURRENT = ("LSTM", "GRU")
+# Operators that take codes instead of Q/DQ, and their domains.
+ON_CODES = {
+    "MatMulInteger": "",
+    "ConvInteger": "",
+    "QLinearMatMul": "",
+    "QLinearConv": "",
+    "DynamicQuantizeLSTM": "com.microsoft",
+}
 
 
 def judged(graph: Graph) -> list[Node]:
@@ -20,14 +28,33 @@ def judged(graph: Graph) -> list[Node]:
     return [
         node
         for node in graph.nodes
-        if not node.domain
-        and (
-            node.op in (*CONVOLUTIONS, *POOLS, *RECURRENT)
-            or node in products
-            or (node.op in JOINS and len(tensors(graph, node)) > 1)
+        if on_codes(node)
+        or (
+            not node.domain
+            and (
+                node.op in (*CONVOLUTIONS, *POOLS, *RECURRENT)
+                or node in products
+                or (node.op in JOINS and len(tensors(graph, node)) > 1)
+            )
+            and _is_float(graph, node)
+            and not _scales_codes(graph, node)
         )
-        and _is_float(graph, node)
     ]
+
+
+def on_codes(node: Node) -> bool:
+    """Whether the node is an integer operator by itself."""
+    return ON_CODES.get(node.op) == node.domain
+
+
+def _scales_codes(graph: Graph, node: Node) -> bool:
+    """Whether a Mul only turns the sums of an integer operator, or a scale, into real units."""
+    if node.op != "Mul":
+        return False
+    made = [graph.producer(name, "Cast", "DynamicQuantizeLinear", "Mul") for name in node.inputs]
+    casts = [graph.producer(m.input(0)) for m in made if m is not None and m.op == "Cast"]
+    ranged = any(m is not None and m.op == "DynamicQuantizeLinear" for m in made)
+    return ranged or any(c is not None and on_codes(c) for c in casts)
 
 
 def _is_float(graph: Graph, node: Node) -> bool:
