@@ -24,8 +24,15 @@ from pytorch_quant.axes import Axis
 from pytorch_quant.formats import Format, IntFormat, parse_format
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
+_TYPES = (torch.float32, torch.float64, *_HALF_TYPES)
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-24, 65504.0
 _LEAST = 2.0**-149
+
+
+def _check_type(x: Tensor) -> None:
+    if x.dtype not in _TYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        raise TypeError(f"quantization takes {names} tensors, got {x.dtype}; convert it before")
 
 
 def compute_scale(amax: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -208,7 +215,11 @@ def fake_quantize(
 
     Returns:
         The shape and dtype of `x`; 0 where `amax` is 0.
+
+    Raises:
+        TypeError: `x` is not floating point, or of a type that has no arithmetic (float8).
     """
+    _check_type(x)
     amax = amax.detach()
     scale = compute_scale(amax, fmt, x.dtype if scale_dtype is None else scale_dtype)
     if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
@@ -259,8 +270,10 @@ def quantize(x: Tensor, amax: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         where it holds them exactly, else float32.
 
     Raises:
+        TypeError: as `fake_quantize`.
         ValueError: `fmt` is unsigned and `x` holds negative values.
     """
+    _check_type(x)
     if not fmt.signed and x.numel() and bool((x < 0).any()):
         raise ValueError(
             f"Negative values encountered by an unsigned quantizer: minimum {float(x.min()):.6g}; "
@@ -327,5 +340,9 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
     """Fake quantization with the range of `x` itself; see `dynamic_quantize`.
 
     The gradient passes everywhere, because the range holds every value.
+
+    Raises:
+        TypeError: as `fake_quantize`.
     """
+    _check_type(x)
     return _FakeQuantizeDynamic.apply(x)

@@ -76,7 +76,8 @@ def positive(amax: Tensor, bound: float) -> Tensor:
         amax: Any values.
         bound: The code that the range maps to.
     """
-    magnitude = amax.abs()
+    # The gradient of abs is 0 at 0, from where a range could not come back.
+    magnitude = torch.where(amax < 0, -amax, amax)
     return magnitude + (bound * _LEAST_SCALE - magnitude).clamp(min=0.0).detach()
 
 

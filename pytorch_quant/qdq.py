@@ -59,8 +59,7 @@ def quantize_dequantize(
     amax = amax.detach()
     scale = compute_scale(amax, fmt, scale_dtype)
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
-        x = torch.maximum(x, (fmt.qmin * scale).to(x.dtype))
-        x = torch.minimum(x, (fmt.qmax * scale).to(x.dtype))
+        x = _clipped(x, (fmt.qmin * scale).to(x.dtype), (fmt.qmax * scale).to(x.dtype))
     channel_axis = None
     if amax.dim() and isinstance(axis, int):
         channel_axis = axis % x.dim()
@@ -121,6 +120,14 @@ def positive_scale(scale: Tensor, fmt: Format) -> Tensor:
     largest = scale.max()
     fallback = torch.where(largest > 0, largest, 1.0 / fmt.bound)
     return torch.where(scale > 0, scale, fallback)
+
+
+def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    if low.dim() or torch.jit.is_tracing():
+        return torch.minimum(torch.maximum(x, low), high)
+    # The exporter's optimizer makes Clip of Max and Min itself, with bounds that it names after x:
+    # those of a second quantizer on the same tensor would get the names of the first.
+    return torch.onnx.ops.symbolic("Clip", (x, low, high), dtype=x.dtype, shape=x.shape)
 
 
 @contextmanager

@@ -172,6 +172,19 @@ def test_e4m3_codes_equal_onnx_runtime_on_a_million_values(amax):
     assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_other_dtypes_are_refused(dtype):
+    x = torch.ones(4).to(dtype)
+    told = f"takes float32, float64, float16, bfloat16 tensors, got {dtype}"
+    for call in (fake_quant.fake_quantize, fake_quant.quantize):
+        with pytest.raises(TypeError, match=told):
+            call(x, torch.tensor(1.0), make_format(8))
+    with pytest.raises(TypeError, match=told):
+        fake_quant.fake_quantize_dynamic(x)
+
+
 def test_zero_range_gives_zero_even_at_infinity():
     x = torch.tensor([0.0, 1.0, -torch.inf, torch.inf])
     fmt = make_format(8)

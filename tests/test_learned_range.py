@@ -143,12 +143,12 @@ def test_without_a_gradient_of_the_range_it_is_plain_fake_quantization():
 
 
 def test_a_range_stays_positive_and_comes_back():
-    value = torch.tensor([2.0, -0.5, 1e-9, -1e-9], requires_grad=True)
+    value = torch.tensor([2.0, -0.5, 1e-9, -1e-9, 0.0], requires_grad=True)
     amax = positive(value, 127.0)
     assert amax[:2].tolist() == [2.0, 0.5]
-    assert amax[2:].tolist() == [127 * 2.0**-24] * 2
+    assert amax[2:].tolist() == [127 * 2.0**-24] * 3
     amax.sum().backward()
-    assert value.grad.tolist() == [1, -1, 1, -1]
+    assert value.grad.tolist() == [1, -1, 1, -1, 1]
 
 
 def test_zeros_and_nothing():

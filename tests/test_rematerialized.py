@@ -107,10 +107,10 @@ def test_half_precision():
 
 
 def test_weights_in_blocks_and_sequences():
-    model = nn.Sequential(nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
-    quantize(model, {"*": INT4_WEIGHT_ONLY}, example_inputs=torch.randn(2, 5, 48))
-    calibrate(model, [torch.randn(2, 5, 48)], progress=False)
-    same(model, torch.randn(2, 5, 48))
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
+    quantize(model, {"*": INT4_WEIGHT_ONLY}, example_inputs=torch.randn(2, 5, 128))
+    calibrate(model, [torch.randn(2, 5, 128)], progress=False)
+    same(model, torch.randn(2, 5, 128))
 
 
 @pytest.mark.parametrize("layer", [quant_nn.QuantLSTM, quant_nn.QuantLSTMCell])
@@ -225,7 +225,9 @@ def test_changes_in_place_are_an_error(which):
     with qat.rematerialize():
         loss = (fake_quantize(x, torch.tensor(1.0), INT8) * weight).sum() + (other * weight).sum()
     (x if which == "source" else other).add_(1.0)
-    with pytest.raises(RuntimeError, match=r"shape \(8,\).*changed in place.*version 1, expected 0"):
+    with pytest.raises(
+        RuntimeError, match=r"shape \(8,\).*changed in place.*version 1, expected 0"
+    ):
         loss.backward()
 
 

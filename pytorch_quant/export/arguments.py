@@ -63,3 +63,22 @@ def in_order_of_signature(
                 "a module whose forward names each of them"
             )
     return list(bound.arguments), list(bound.arguments.values())
+
+
+def apart(tree: Any) -> Any:
+    """The same containers, in which no tensor stands twice.
+
+    The current exporter of torch knows tensors by identity: of `model(x, x)` it makes one input
+    that is read twice, and another that is never read.
+    """
+    met: set[int] = set()
+
+    def copied_if_met(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in met:
+            return leaf.detach().clone()
+        met.add(id(leaf))
+        return leaf
+
+    return torch.utils._pytree.tree_map(copied_if_met, tree)

@@ -130,9 +130,12 @@ def choose_opset(model: nn.Module, opset: int | None, *, dynamo: bool = True) ->
         dynamo: For the current exporter, else the TorchScript one.
 
     Raises:
+        TypeError: `opset` is no whole number.
         ValueError: an operator set that cannot hold the model, or that the exporter does not
             write; float64.
     """
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise TypeError(f"opset is a whole number such as 20, got {opset!r}")
     kinds = _kinds(model)
     if "float64" in kinds:
         raise ValueError("QuantizeLinear takes no float64; export model.float()")

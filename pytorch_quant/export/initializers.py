@@ -14,7 +14,7 @@ from pytorch_quant.formats import FloatFormat, Format, IntFormat
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 # What may stand between a weight and the product that reads it.
-_ON_WEIGHTS = ("DequantizeLinear", "QuantizeLinear", "Max", "Min", "Transpose")
+_ON_WEIGHTS = ("DequantizeLinear", "QuantizeLinear", "Max", "Min", "Clip", "Transpose")
 
 
 def store_integer_weights(graph: Any) -> int:
@@ -93,12 +93,15 @@ def _constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -
     if name in constants:
         return _to_torch(constants[name])
     node = producers.get(name)
-    if node is None or node.op_type not in ("Max", "Min"):
+    if node is None or node.op_type not in ("Max", "Min", "Clip"):
         return None
-    first, second = (_constant(used, constants, producers) for used in node.input)
-    if first is None or second is None:
+    given = [_constant(used, constants, producers) for used in node.input]
+    if any(value is None for value in given):
         return None
-    return (torch.maximum if node.op_type == "Max" else torch.minimum)(first, second)
+    x, *bounds = (value for value in given if value is not None)
+    if node.op_type == "Clip":
+        return torch.minimum(torch.maximum(x, bounds[0]), bounds[1]) if len(bounds) == 2 else None
+    return (torch.maximum if node.op_type == "Max" else torch.minimum)(x, bounds[0])
 
 
 def clipped_constant(name: str, constants: dict[str, Any], producers: dict[str, Any]) -> Any:

@@ -120,8 +120,12 @@ def _pair(x: Any, held: HeldRange) -> Any:
     rank = len(x.shape)
     scale = positive_scale(compute_scale(held.amax, fmt, dtype), fmt)
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
-        x = op.Max(x, op.Constant(value=tensor_proto((fmt.qmin * scale).to(dtype))))
-        x = op.Min(x, op.Constant(value=tensor_proto((fmt.qmax * scale).to(dtype))))
+        low, high = (
+            op.Constant(value=tensor_proto((code * scale).to(dtype)))
+            for code in (fmt.qmin, fmt.qmax)
+        )
+        # One node where it can be, for the reason given in qdq.
+        x = op.Min(op.Max(x, low), high) if scale.dim() else op.Clip(x, low, high)
     scale = scale.reshape(() if held.axis is None else -1).to(dtype)
     attributes = {} if held.axis is None else {"axis": held.axis % rank}
     zero_point = torch.zeros(scale.shape).to(fmt.storage)

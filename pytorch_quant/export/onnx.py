@@ -82,10 +82,10 @@ def export_onnx(
     Raises:
         OSError: `path` cannot be written.
         RuntimeError: uncalibrated quantizers that are not declared dynamic, naming them all.
-        TypeError: `args` is neither a tensor nor a tuple.
+        TypeError: `args` is neither a tensor nor a tuple; `opset` is no whole number.
         ValueError: quantizers that the target or ONNX has no form for, or with a range that is 0
             or not finite, naming them all; an opset that cannot hold the model; an unknown value
-            of `target` or `weights`.
+            of `target` or `weights`; more names than there are inputs or outputs.
         Exception: whatever the exporter of torch raises for a model that it cannot trace.
     """
     check_target(target)

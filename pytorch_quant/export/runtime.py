@@ -46,7 +46,8 @@ def convert(
         engine: `"onnxruntime"` or `"openvino"`; `"auto"` takes OpenVINO on x86 where it is
             installed, else ONNX Runtime.
         dynamic_batch: Let the first dimension of every input vary, as far as the model allows it.
-            What it does not allow is fixed to the size in `args`, and another one raises.
+            What it does not allow is fixed to the size in `args`, and another one raises; `note`
+            of the result says so, and why.
         threads: How many the engine uses; by default as many as torch.
 
     Raises:
@@ -65,9 +66,12 @@ def convert(
     folder = _Folder()
     path = folder.path / "model.onnx"
     shown = dict(zip(names, values, strict=True))
-    if not (dynamic_batch and _export_dynamic(model, shown, path, engine)):
+    problem = _export_dynamic(model, shown, path, engine) if dynamic_batch else ""
+    if problem or not dynamic_batch:
         _export(model, shown, path, engine, None)
     content = {"signature": signature, "inputs": inputs, "outputs": outputs, "engine": engine}
+    if problem:
+        content["note"] = f"fixed shapes, as {problem}"
     proto = read_onnx(path)
     proto.metadata_props.add(key=_KEY, value=json.dumps(content))
     save_model(proto, path)
@@ -127,6 +131,7 @@ class RuntimeModel(nn.Module):
         path: The file.
         engine: Where it runs.
         threads: How many it uses.
+        note: Why `convert` had to fix the batch size; empty where it varies or was not asked to.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class RuntimeModel(nn.Module):
         proto = read_onnx(path, data=False)
         self._quantized = sum(n.op_type == "DequantizeLinear" for n in proto.graph.node)
         content = _content(proto)
+        self.note: str = content.get("note", "")
         given, made = ports(proto)
         self._inputs = content.get("inputs", {port.name: ["tensor"] for port in given})
         self._signature = content.get("signature", list(self._inputs))
@@ -235,7 +241,8 @@ class RuntimeModel(nn.Module):
         """A line such as `engine=openvino threads=2 42 DequantizeLinear x: (?, 3, 32, 32)`."""
         pairs = f"{self._quantized} DequantizeLinear" if self._quantized else "float, not quantized"
         inputs = ", ".join(map(str, self._session.inputs))
-        return f"engine={self.engine}, threads={self.threads}, {pairs}, inputs: {inputs}"
+        shown = f"engine={self.engine}, threads={self.threads}, {pairs}, inputs: {inputs}"
+        return f"{shown}; {self.note}" if self.note else shown
 
 
 class _Folder:
@@ -273,27 +280,38 @@ def _export(model: nn.Module, given: dict[str, Any], path: Path, engine: str, sh
     export_onnx(model, (*positional, keywords), path, dynamic_shapes=shapes, **options)
 
 
-def _export_dynamic(model: nn.Module, given: dict[str, Any], path: Path, engine: str) -> bool:
-    """Export with first dimensions that vary; False where the model does not allow it."""
+def _export_dynamic(model: nn.Module, given: dict[str, Any], path: Path, engine: str) -> str:
+    """Export with first dimensions that vary; why the model does not allow it, or nothing."""
     tree = torch.utils._pytree
     # The exporter takes a size of 1 for a constant.
     pairs = {name: tree.tree_map(_at_least_two, value) for name, value in given.items()}
     shapes = {name: tree.tree_map(_first_varies, value) for name, value in pairs.items()}
+    # Whatever is wrong with the model itself, the export of fixed shapes raises again.
     try:
-        # It also takes the size of a fixed reshape for one that varies.
+        # The exporter also takes the size of a fixed reshape for one that varies.
         with simulated_forward(model):
             model(**tree.tree_map(_twice, pairs))
+    except Exception as error:
+        return f"the model does not run on another batch size ({_first_line(error)})"
+    try:
         _export(model, pairs, path, engine, shapes)
-    except Exception:
-        # Whatever is wrong with the model itself, the export of fixed shapes raises again.
-        return False
+    except Exception as error:
+        return f"its export with a varying batch size failed ({_first_line(error)})"
     tensors = [tensor for value in given.values() for tensor in tensors_of(value)]
     taken, _ = ports(read_onnx(path, data=False))
-    return all(
+    fits = all(
         port.shape is not None
         and all(a in (None, b) for a, b in zip(port.shape, tensor.shape, strict=True))
         for port, tensor in zip(taken, tensors, strict=True)
     )
+    return "" if fits else "the exporter fixed a batch size"
+
+
+def _first_line(error: BaseException) -> str:
+    # The exporter wraps what was raised into pages of advice.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _at_least_two(value: Any) -> Any:

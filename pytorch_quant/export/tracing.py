@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytorch_quant.export.arguments import apart
 from pytorch_quant.export.marks import marked_pairs
 from pytorch_quant.export.wiring import Wiring, is_standard
 from pytorch_quant.nn.modes import named_quantizers, preserved_modes
@@ -45,13 +46,26 @@ def traced(
         An `onnx.ModelProto` whose weights are float, with Q/DQ pairs of constant scales.
 
     Raises:
+        ValueError: more names than the graph has inputs or outputs.
         Exception: whatever the exporter raises.
     """
     names = {"input_names": input_names, "output_names": output_names}
     with _ready_to_export(model):
         if dynamo:
-            return _by_the_current_exporter(model, args, opset, dynamic_shapes, names)
-        return _by_torchscript(model, args, opset, dynamic_shapes, names)
+            proto = _by_the_current_exporter(model, apart(args), opset, dynamic_shapes, names)
+        else:
+            proto = _by_torchscript(model, args, opset, dynamic_shapes, names)
+    # The exporters leave out what is too many.
+    for kind, asked, held in (
+        ("input_names", input_names, proto.graph.input),
+        ("output_names", output_names, proto.graph.output),
+    ):
+        if asked is not None and len(asked) > len(held):
+            raise ValueError(
+                f"{kind} has {len(asked)} names, {', '.join(asked)}, and the graph has {len(held)}:"
+                f" {', '.join(port.name for port in held)}"
+            )
+    return proto
 
 
 @contextmanager
@@ -112,7 +126,7 @@ def _drop_idle_axes(graph: Any) -> None:
 def _holds_computed_constants(graph: Any) -> bool:
     """Whether a scale or a weight under a Q is the result of nodes."""
     wiring = Wiring(graph)
-    clips = ("Max", "Min")
+    clips = ("Max", "Min", "Clip")
     return any(
         used in wiring.constants
         and used not in wiring.initializers
@@ -206,7 +220,7 @@ def dynamic_axes(dynamic_shapes: Any, names: Sequence[str] | None) -> dict[str, 
 
 def _store_constants(graph: Any) -> None:
     """Make initializers of the constants that Q, DQ and the clips before them read, in place."""
-    kinds = ("QuantizeLinear", "DequantizeLinear", "Max", "Min")
+    kinds = ("QuantizeLinear", "DequantizeLinear", "Max", "Min", "Clip")
     wiring = Wiring(graph)
     read = {used for node in graph.node if is_standard(node, *kinds) for used in node.input}
     for name in sorted(read - set(wiring.initializers)):

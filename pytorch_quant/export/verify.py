@@ -85,11 +85,13 @@ def verify_onnx(
         ImportError: onnx, ONNX Runtime or an engine that was asked for is not installed.
         OSError: the file or its external data is missing.
         RuntimeError: ONNX Runtime cannot run the file.
-        TypeError: `args` has another type than the file takes.
+        TypeError: `args` has another type than the file takes; `engines` is no list.
         ValueError: no ONNX file, or cut short; `args` that do not fit it; a model without enabled
             quantizers; a file that does not come from this model; an unknown engine.
     """
     started = time.perf_counter()
+    if isinstance(engines, str):
+        raise TypeError(f"engines is a list of names, got {engines!r}; write [{engines!r}]")
     for name in engines or ():
         check_engine(name)
     proto = _whole(path)

@@ -155,7 +155,8 @@ class RangeParameter(nn.Module):
                 self._amax = seen.nan_to_num(0.0, 0.0, 0.0)
                 return
             seen = seen.reshape(amax.shape)
-            moved = torch.lerp(seen, amax, momentum)
+            # A range of 0 comes of batches of zeros, or of none that was finite: no start yet.
+            moved = torch.where(amax > 0, torch.lerp(seen, amax, momentum), seen)
             # Through .data: what autograd has saved of the range is a copy, see _range_in_use.
             amax.data.copy_(torch.where(torch.isfinite(moved), moved, amax))
 

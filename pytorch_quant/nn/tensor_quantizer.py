@@ -228,6 +228,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         Raises:
             CalibrationError: a tensor that calibration cannot use; what was collected is kept.
             RuntimeError: wrong device, or an export without an amax.
+            TypeError: a dtype that cannot be quantized.
             ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
                 integer form.
         """
@@ -302,8 +303,9 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
                 )
             rows = self._quantize_values(rows, 0)
             return axes.from_groups(rows, inputs.shape, self._block_axis())
-        except ValueError as error:
-            raise ValueError(f"{self._who()}: {error}") from error
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{self._who()}: {error}") from error
 
     def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
         exporting = qdq.exporting_to_onnx()

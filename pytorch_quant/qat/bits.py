@@ -46,13 +46,26 @@ class GradualBits:
         return self.bits
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were made."""
-        return {"done": self._done}
+        """How many steps were made, and of which plan."""
+        return {"done": self._done, **self._plan()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken; sets the width in the model."""
+        """Go on from where `state_dict` was taken; sets the width in the model.
+
+        Raises:
+            ValueError: the state is that of another plan.
+        """
+        for key, mine in self._plan().items():
+            if state.get(key) != mine:
+                raise ValueError(
+                    f"the state is of gradual_bits with {key}={state.get(key)!r}, this one has "
+                    f"{key}={mine!r}; make it with the same arguments"
+                )
         self._done = int(state["done"])
         self._apply()
+
+    def _plan(self) -> dict[str, int]:
+        return {"start": self._start, "end": self._end, "steps": self._steps}
 
     def _width(self) -> int:
         widths = self._start - self._end + 1

@@ -50,6 +50,7 @@ class QATSchedule:
 
     Raises:
         RuntimeError: quantizers without a range and no batches to calibrate on, naming them.
+        TypeError: `steps` is no int.
         ValueError: an argument out of range, or a model without quantizers.
         Exception: what `calibrate` and `learn_ranges` raise.
 
@@ -73,13 +74,17 @@ class QATSchedule:
         min_factor: float = 0.0,
         progress: bool = True,
     ) -> None:
+        if not isinstance(steps, int) or isinstance(steps, bool):
+            raise TypeError(f"steps must be an int, got {steps!r}; round it")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if ranges not in ("moving", "lsq", "pact", "fixed"):
             raise ValueError(f"ranges must be moving, lsq, pact or fixed, got {ranges!r}")
         shares = {"freeze_batchnorm_at": freeze_batchnorm_at, "freeze_ranges_at": freeze_ranges_at}
         for name, share in {**shares, "min_factor": min_factor}.items():
-            if share is not None and not 0 <= share <= 1:
+            if share is None and name != "min_factor":
+                continue
+            if share is None or not 0 <= share <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {share!r}")
         self.done = 0
         self._model, self._steps, self._ranges = model, steps, ranges
@@ -110,8 +115,8 @@ class QATSchedule:
                 `freeze_ranges` then.
 
         Raises:
-            ValueError: a learned range shares its group with other parameters and is to be frozen;
-                nothing is counted then.
+            ValueError: a learned range is not in the optimizer, or shares its group with other
+                parameters and is to be frozen; nothing is counted then.
         """
         if optimizer is not None:
             self._check_groups(optimizer)
@@ -178,9 +183,19 @@ class QATSchedule:
                 group["lr"] = new
 
     def _check_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        learned = {id(p): name for name, p in range_parameters(self._model).items()}
+        if self._ranges in ("lsq", "pact"):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            trained = {id(p) for p in self._model.parameters() if p.requires_grad}
+            missing = [name for key, name in learned.items() if key in trained - held]
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} learned range(s) are not in the optimizer, such as "
+                    f"{missing[0]}; make it after the QATSchedule, of qat.parameter_groups"
+                    "(model, lr=...)"
+                )
         if self._ranges_at is None:
             return
-        learned = {id(p): name for name, p in range_parameters(self._model).items()}
         for group in optimizer.param_groups:
             inside = [learned[id(p)] for p in group["params"] if id(p) in learned]
             if inside and len(inside) < len(group["params"]):

@@ -473,3 +473,43 @@ def test_an_amax_that_does_not_fit_its_input(tmp_path, calibrated):
     assert (
         "6._weight_quantizer: an amax of shape (3, 1) does not fit an input of shape (5, 6)" in told
     )
+
+
+class Twins(nn.Module):
+    """Two inputs; attention on itself is called with one tensor for both."""
+
+    def __init__(self):
+        super().__init__()
+        with quant_modules.initialize():
+            self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x, y):
+        return self.left(x), self.right(y[0])
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_one_tensor_for_two_inputs(tmp_path, dynamo):
+    model, x, y = Twins().eval(), torch.randn(3, 8), torch.randn(3, 8)
+    calibrate(model, [(x, [y])], progress=False)
+    export_onnx(model, (x, [x]), tmp_path / "m.onnx", dynamo=dynamo)
+    left, right = onnx_runs.run(onnx.load(tmp_path / "m.onnx"), x.numpy(), y.numpy())
+    expected = model(x, [y])
+    np.testing.assert_allclose(left, expected[0].detach(), atol=1e-5)
+    np.testing.assert_allclose(right, expected[1].detach(), atol=1e-5)
+
+
+# The older exporter refuses too many names of outputs by itself.
+@pytest.mark.parametrize(
+    ("kind", "dynamo"), [("input_names", True), ("input_names", False), ("output_names", True)]
+)
+def test_too_many_names(tmp_path, kind, dynamo):
+    model, x = nn.Linear(4, 4).eval(), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=rf"{kind} has 2 names, a, b, and the graph has 1: a"):
+        export_onnx(model, x, tmp_path / "m.onnx", dynamo=dynamo, **{kind: ["a", "b"]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", ["20", 20.0, True])
+def test_an_opset_that_is_no_number(tmp_path, opset):
+    with pytest.raises(TypeError, match=f"opset is a whole number such as 20, got {opset!r}"):
+        export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "m.onnx", opset=opset)

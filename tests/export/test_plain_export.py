@@ -3,12 +3,21 @@
 import numpy as np
 import onnx
 import onnx_runs
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
 
-from pytorch_quant import QuantDescriptor, calibrate, quant_modules
+from pytorch_quant import (
+    INT8,
+    QuantDescriptor,
+    TensorQuantizer,
+    calibrate,
+    export_onnx,
+    quant_modules,
+    quantize,
+)
 from pytorch_quant import nn as quant_nn
 from pytorch_quant.nn.modes import named_quantizers
 
@@ -235,3 +244,33 @@ def test_an_activation_without_a_range_is_refused_or_visibly_wrong(tmp_path, bad
         n for n in file.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input"
     ]
     np.testing.assert_array_equal(values[node.input[1]], np.float32(bad))
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return x + self.c(torch.relu(self.b(x)))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_two_quantizers_below_8_bits_on_one_tensor(plain, tmp_path):
+    # Each has a clip of its own, and the exporter's optimizer names bounds after the tensor.
+    model, x = TwoReaders().eval(), torch.randn(2, 16, 8, 8)
+    quantize(model, {"": INT8}, example_inputs=x)
+    for i, quantizer in enumerate(q for q in model.modules() if isinstance(q, TensorQuantizer)):
+        quantizer.num_bits = 4 + i % 3
+    calibrate(model, [x], progress=False)
+    path = tmp_path / "model.onnx"
+    if plain:
+        torch.onnx.export(model, (x,), str(path), dynamo=True, verbose=False)
+    else:
+        export_onnx(model, x, path)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)

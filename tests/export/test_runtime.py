@@ -192,6 +192,14 @@ def test_a_batch_that_the_model_fixes(monkeypatch):
     assert torch.equal(found(torch.ones(6)), torch.full((2, 3), 2.0))
     with pytest.raises(ValueError, match=r"\(float32, \(6\)\), got shape \(12,\)"):
         found(torch.ones(12))
+    why = "fixed shapes, as the model does not run on another batch size (shape '[2, 3]' is invalid"
+    assert found.note.startswith(why) and found.note in repr(found)
+    assert copy.deepcopy(found).note == found.note
+    assert convert(Fixed(), torch.ones(6), dynamic_batch=False).note == ""
+
+
+def test_a_varying_batch_has_no_note(converted):
+    assert converted.note == "" and "fixed shapes" not in repr(converted)
 
 
 def test_any_onnx_file(tmp_path):

@@ -523,3 +523,14 @@ def test_a_half_checkpoint_leaves_amax_in_float32():
     q = quantizer(amax=1.0)
     q.load_state_dict({"_amax": torch.tensor(2.0, dtype=torch.float16)}, assign=True)
     assert q.amax == 2.0 and q.amax.dtype == torch.float32
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_dtype_that_cannot_be_quantized_names_the_quantizer(learned):
+    model = nn.Sequential(TensorQuantizer(QuantDescriptor()))
+    model[0].amax = 1.0
+    if learned:
+        model[0].learn_range("lsq", weight=False)
+    told = "^0: quantization takes float32, .*, got torch.int32; convert it before"
+    with pytest.raises(TypeError, match=told):
+        model(torch.ones(3, dtype=torch.int32))

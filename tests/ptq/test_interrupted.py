@@ -149,7 +149,8 @@ def test_ten_thousand_batches_need_no_more_memory_than_a_few():
 
     calibrate(model, given(10_000), "mse", progress=False)
     (tensors, memory), (tensors_after, memory_after) = held
-    assert tensors_after == tensors
+    # A leak would be one of 9,000 at least; caches of torch may grow by some.
+    assert tensors_after - tensors < 500
     assert memory_after - memory < 2 * 2**20
 
 

@@ -38,6 +38,9 @@ def test_bits_of_weights_alone_and_resumed():
     again = qat.gradual_bits(other, 6, 2, steps=5, activations=False)
     again.load_state_dict(gradual.state_dict())
     assert other[0]._weight_quantizer.num_bits == again.bits == 3 and again.step() == 2
+    longer = qat.gradual_bits(other, 6, 2, steps=9, activations=False)
+    with pytest.raises(ValueError, match="gradual_bits with steps=5, this one has steps=9"):
+        longer.load_state_dict(gradual.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,25 @@ def test_batches_that_are_not_finite_are_passed_over(bad):
     assert quantizer.amax == 2.0
 
 
+@pytest.mark.parametrize("first", [0.0, float("nan")])
+def test_a_first_batch_without_a_range_is_no_start(first):
+    quantizer = TensorQuantizer(QuantDescriptor())
+    qat.update_ranges(quantizer, momentum=0.99)
+    quantizer(torch.full((2,), first))
+    assert quantizer.amax == 0.0
+    assert quantizer(torch.tensor([3.0, -1.0]))[0] == 3.0
+    assert quantizer.amax == 3.0
+    quantizer(torch.zeros(2))
+    assert quantizer.amax == pytest.approx(0.99 * 3.0)
+
+
 def test_per_channel_activations_and_blocks():
     quantizer = TensorQuantizer(QuantDescriptor(axis=1))
-    quantizer.amax = torch.zeros(1, 3)
+    quantizer.amax = torch.full((1, 3), 0.25)
     qat.update_ranges(quantizer, momentum=0.5)
     x = torch.randn(5, 3)
     quantizer(x)
-    np.testing.assert_allclose(quantizer.amax[0], np.abs(x.numpy()).max(0) / 2, rtol=1e-6)
+    np.testing.assert_allclose(quantizer.amax[0], 0.125 + np.abs(x.numpy()).max(0) / 2, rtol=1e-6)
     layer = quant_nn.QuantLinear(8, 2, quant_desc_weight=QuantDescriptor(4, axis=-1, block_size=4))
     layer._weight_quantizer.amax = torch.ones(4)
     qat.update_ranges(layer, momentum=0.0, activations=False, weights=True)

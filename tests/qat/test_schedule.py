@@ -140,6 +140,19 @@ def test_one_group_for_everything_is_an_error_that_counts_nothing():
     schedule.step(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("kind", ["lsq", "pact"])
+def test_an_optimizer_from_before_the_ranges_is_an_error_that_counts_nothing(kind):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = qat.QATSchedule(model, 4, ranges=kind, freeze_ranges_at=None)
+    told = r"6 learned range\(s\) are not in the optimizer, such as 0._input_quantizer._amax"
+    with pytest.raises(ValueError, match=told):
+        schedule.step(optimizer)
+    assert schedule.done == 0
+    qat.freeze_ranges(model)
+    schedule.step(optimizer)
+
+
 def test_the_state_of_another_recipe():
     state = start(steps=8)[1].state_dict()
     with pytest.raises(ValueError, match="schedule with steps=8, this one has steps=9"):
@@ -153,8 +166,15 @@ def test_the_state_of_another_recipe():
         ({"ranges": "learned"}, "moving, lsq, pact or fixed, got 'learned'"),
         ({"freeze_ranges_at": 1.5}, "freeze_ranges_at must be from 0 to 1, got 1.5"),
         ({"min_factor": -1.0}, "min_factor must be from 0 to 1"),
+        ({"min_factor": None}, "min_factor must be from 0 to 1"),
     ],
 )
 def test_wrong_arguments(options, told):
     with pytest.raises(ValueError, match=told):
         start(**options)
+
+
+@pytest.mark.parametrize("steps", [2.5, "4", True])
+def test_steps_that_are_no_number_of_steps(steps):
+    with pytest.raises(TypeError, match="steps must be an int"):
+        start(steps=steps)

@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 import onnx_runs
 import pytest
-from lint_graphs import INT8, Build
+from lint_graphs import E4M3, INT8, Build
 from onnx import TensorProto
 
 from pytorch_quant.export.lint import lint_onnx
@@ -82,3 +82,29 @@ def test_x3_quantized_and_float_all_the_same():
     shifted = two_convs(UINT8, "ConvTranspose")
     shifted.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.uint8(128), "a.zero"))
     assert found(shifted, "openvino") == [("X3", "performance", "conv")]
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_x3_names_a_batch_norm_that_is_not_folded(batchnorm):
+    g = Build()
+    y = g.conv(g.qdq(g.input(), "a", kind=UINT8), "conv")
+    if batchnorm:
+        y = g.batchnorm(y, "bn")
+    model = g.model(g.node("Relu", [g.qdq(y, "b", kind=UINT8)], "relu"))
+    assert found(model, "openvino") == []
+    findings = lint_onnx(model, "onnxruntime")
+    if not batchnorm:
+        assert findings == []
+        return
+    (finding,) = findings
+    assert (finding.rule, finding.node) == ("X3", "conv")
+    assert finding.message.endswith("a batch norm that is not folded stands behind it")
+    assert finding.fix.startswith("fold it before quantize(): fold_batchnorm(")
+
+
+def test_x3_no_placement_helps_fp8():
+    g = Build()
+    x = g.qdq(g.input(), "a", kind=E4M3)
+    (finding,) = lint_onnx(g.model(g.conv(x, "conv", kind=E4M3, axis=None)), "onnxruntime")
+    assert (finding.rule, finding.node) == ("X3", "conv")
+    assert "no kernel for FP8" in finding.message and finding.fix.startswith("quantize in INT8")

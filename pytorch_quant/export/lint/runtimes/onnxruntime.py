@@ -121,6 +121,8 @@ def _conv(graph: Graph, node: Node) -> tuple[bool, str]:
 def _why_no_q(graph: Graph, node: Node) -> str:
     tensor = node.outputs[0]
     users = graph.consumers(tensor)
+    if graph.sole_consumer(tensor) and users[0].op == "BatchNormalization":
+        return "a batch norm that is not folded stands behind it"
     if graph.sole_consumer(tensor) and users[0].op in ("Relu", "Clip"):
         return f"{users[0].op} stands between it and a Q whose zero point does not imply it"
     return _NO_Q
