@@ -31,7 +31,7 @@ class _Made:
     """A tensor that is there now, and how to compute it again."""
 
     def __init__(self, y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
-        # Detached, because a graph that holds itself would never be freed.
+        # Detached, so that its memory is kept and not the graph that it comes from.
         self.x, self.x_version, self.compute = x.detach(), x._version, compute
         self.y_version = y._version
         self.alive: Any = None
@@ -65,14 +65,16 @@ def rematerialize() -> Iterator[None]:
     are the same. It saves about the third of the activations that fake quantization adds, and a
     copy of the weights, for one more pass over each.
 
-    It acts in the thread that enters it, on eager code: `torch.compile` decides by itself what to
-    compute again. Where scopes of `torch.autograd.graph.saved_tensors_hooks` are nested, the inner
-    one alone acts, inside of `torch.utils.checkpoint` that of the checkpoint.
+    It acts in the thread that enters it, on eager code. Compiled code chooses by itself what to
+    compute again; enter the scope around it, not inside. Where scopes of
+    `torch.autograd.graph.saved_tensors_hooks` are nested, the inner one alone acts, and inside of
+    `torch.utils.checkpoint` that of the checkpoint.
 
     Raises:
         RuntimeError: in the backward pass, where a tensor that it needs was changed in place.
     """
-    before, made = _SCOPES.made, {}  # type: ignore[var-annotated]
+    made: dict[int, _Made] = {}
+    before = _SCOPES.made
     _SCOPES.made = made
 
     def pack(saved: Tensor) -> Any:

@@ -239,6 +239,15 @@ def test_it_ends_with_the_block_and_after_an_error(recomputed):
     assert not recomputed
 
 
+def test_scopes_may_be_nested(recomputed):
+    model = network()
+    with qat.rematerialize():
+        with qat.rematerialize():
+            pass
+        gradients(model, images(), again=False)
+    assert len(recomputed) == 6
+
+
 def test_one_thread_does_not_reach_another(recomputed):
     model = network()
     with qat.rematerialize():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections import Counter
@@ -136,9 +137,9 @@ def _repairs(target: str, opset: int) -> list[tuple[str, Callable[[Any], int]]]:
     if target == "tensorrt":
         steps.append(("activation of uint8 made int8", to_signed))
     else:
-        # OpenVINO has an integer ConvTranspose for zero points of 0 alone.
-        kept = ("ConvTranspose",) if target == "openvino" else ()
-        steps.append(("activation of int8 made uint8", lambda graph: to_unsigned(graph, kept)))
+        openvino = target == "openvino"
+        recode = functools.partial(to_unsigned, for_openvino=openvino)
+        steps.append(("activation of int8 made uint8", recode))
     steps += [
         ("Q behind a DQ of equal scale dropped", drop_requantized),
         ("node of equal scale on one tensor merged", merge_equal_pairs),

@@ -161,6 +161,6 @@ def _finished(graph: Any, target: str, *, integers: bool) -> _Counts:
     layers = count_layers(graph)
     if target in UINT8_TARGETS:
         # OpenVINO has an integer ConvTranspose for zero points of 0 alone.
-        to_unsigned(graph, ("ConvTranspose",) if target == "openvino" else ())
+        to_unsigned(graph, for_openvino=target == "openvino")
     drop_traces(graph)
     return _Counts(stored, raised, layers)

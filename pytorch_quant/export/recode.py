@@ -26,7 +26,7 @@ _LAYOUT = (
 )
 
 
-def to_unsigned(graph: Any, signed_for: tuple[str, ...] = ()) -> int:
+def to_unsigned(graph: Any, *, for_openvino: bool = False) -> int:
     """Write symmetric int8 activation codes as uint8 with zero point 128, in place.
 
     `q_u = q_s + 128` with the same scale dequantizes to the same values, and QuantizeLinear adds
@@ -36,8 +36,9 @@ def to_unsigned(graph: Any, signed_for: tuple[str, ...] = ()) -> int:
 
     Args:
         graph: An `onnx.GraphProto`.
-        signed_for: Types of operators whose inputs stay signed, such as `"ConvTranspose"`, which
-            OpenVINO runs in float where a zero point is not 0.
+        for_openvino: Leave signed what OpenVINO takes with zero points of 0 alone: inputs of
+            ConvTranspose, which it runs in float otherwise, and the Q between a Concat and a
+            product: where it joins along other axes than the last, OpenVINO 2026.4 cannot load it.
 
     Returns:
         The number of QuantizeLinear nodes whose codes changed.
@@ -45,7 +46,7 @@ def to_unsigned(graph: Any, signed_for: tuple[str, ...] = ()) -> int:
     import onnx
 
     kind = onnx.TensorProto
-    return _recode(graph, (kind.INT8, 0), (kind.UINT8, 128), signed_for)
+    return _recode(graph, (kind.INT8, 0), (kind.UINT8, 128), for_openvino)
 
 
 def to_signed(graph: Any) -> int:
@@ -62,7 +63,7 @@ def to_signed(graph: Any) -> int:
     import onnx
 
     kind = onnx.TensorProto
-    return _recode(graph, (kind.UINT8, 128), (kind.INT8, 0), ())
+    return _recode(graph, (kind.UINT8, 128), (kind.INT8, 0), False)
 
 
 @dataclass
@@ -124,9 +125,7 @@ def _region(wiring: Wiring, q: Any) -> _Region:
     return region
 
 
-def _recode(
-    graph: Any, old: tuple[int, int], new: tuple[int, int], kept_for: tuple[str, ...]
-) -> int:
+def _recode(graph: Any, old: tuple[int, int], new: tuple[int, int], for_openvino: bool) -> int:
     wiring = Wiring(graph)
     done: set[str] = set()
     found: list[_Region] = []
@@ -136,8 +135,7 @@ def _recode(
         region = _region(wiring, q)
         done.update(region.tensors)
         pairs = (*region.quantizers, *region.dequantizers)
-        readers = [n for dq in region.dequantizers for n, _ in wiring.uses(dq.output[0])]
-        kept = any(is_standard(node, *kept_for) for node in readers)
+        kept = for_openvino and _wants_zero(wiring, region)
         if region.closed and not kept and all(_encoded(wiring, node, *old) for node in pairs):
             found.append(region)
     nodes = [n for region in found for n in (*region.quantizers, *region.dequantizers)]
@@ -147,6 +145,16 @@ def _recode(
         if info.name in changed:
             info.type.tensor_type.elem_type = new[0]
     return sum(len(region.quantizers) for region in found)
+
+
+def _wants_zero(wiring: Wiring, region: _Region) -> bool:
+    """Whether OpenVINO takes these codes with a zero point of 0 alone; see `to_unsigned`."""
+    readers = [n for dq in region.dequantizers for n, _ in wiring.uses(dq.output[0])]
+    if any(is_standard(node, "ConvTranspose") for node in readers):
+        return True
+    made = [wiring.producers.get(q.input[0]) for q in region.quantizers]
+    joined = any(n is not None and is_standard(n, "Concat") for n in made)
+    return joined and any(is_standard(node, "MatMul", "Gemm") for node in readers)
 
 
 def _encoded(wiring: Wiring, node: Any, kind: int, zero_point: int) -> bool:

@@ -360,9 +360,11 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
 
 def uncalibrated_error(names: list[str]) -> RuntimeError:
     """The error of an export that meets quantizers without a range."""
+    weights = all("_weight_quantizer" in name for name in names)
+    hint = " Weights need no data: calib.calibrate_weights(model, 'max')." if weights else ""
     return RuntimeError(
         f"export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
-        "Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True)"
+        f"Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True).{hint}"
     )
 
 

@@ -22,8 +22,9 @@ def update_ranges(
 
     `amax = momentum * amax + (1 - momentum) * max|x|` before each batch is quantized (Jacob et al.
     2018, section 3.1), with nothing read back to the host; a quantizer without a range starts with
-    the maximum of its first batch, one of 0 starts anew. NaN and Inf are passed over. A recomputation by a checkpoint
-    does not count. Learned and fixed ranges stay as they are, and in eval mode all do.
+    the maximum of its first batch, one of 0 starts anew. NaN and Inf are passed over. A
+    recomputation by a checkpoint does not count. Learned and fixed ranges stay as they are, and in
+    eval mode all do.
 
     In a torch.distributed process group `max|x|` is that of all processes, which therefore run the
     same layers in train mode, in the same order.

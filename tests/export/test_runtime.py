@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch_quant import RuntimeModel, calibrate, convert, load, quant_modules, quantize
+from pytorch_quant import (
+    RuntimeModel,
+    calibrate,
+    convert,
+    export_onnx,
+    fix_onnx,
+    lint_onnx,
+    load,
+    quant_modules,
+    quantize,
+)
 from pytorch_quant.export import runtime
 from pytorch_quant.export.engines import fastest_engine, installed
 
@@ -276,3 +286,33 @@ def test_openvino_predicts_as_torch_on_digits(name):
     # A flipped code may decide where two classes are as good as equal; targets are 10 apart.
     sure = best[:, 0] - best[:, 1] > 0.6
     assert sure.float().mean() > 0.75 and torch.equal(predicted[sure], expected[sure])
+
+
+class Joined(nn.Module):
+    """A concatenation over rows between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(torch.cat([y, self.second(y)], 1))
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="OpenVINO is not installed")
+@pytest.mark.parametrize("exported", ["onnxruntime", "openvino"])
+def test_openvino_loads_rows_joined_before_a_product(tmp_path, exported):
+    x = torch.randn(2, 5, 16)
+    model = quantize(Joined().eval(), example_inputs=x, placement="openvino")
+    calibrate(model, [x], progress=False)
+    export_onnx(model, x, tmp_path / "m.onnx", target=exported)
+    if exported != "openvino":
+        with pytest.raises(RuntimeError, match="OpenVINO cannot load the model"):
+            load(tmp_path / "m.onnx", "openvino")
+        fix_onnx(tmp_path / "m.onnx", tmp_path / "signed.onnx")
+        fix_onnx(tmp_path / "signed.onnx", tmp_path / "m.onnx", target="openvino")
+    assert "X1" not in [finding.rule for finding in lint_onnx(tmp_path / "m.onnx", "openvino")]
+    found = load(tmp_path / "m.onnx", "openvino")(x)
+    torch.testing.assert_close(found, model(x).detach(), atol=1e-5, rtol=0)

@@ -24,8 +24,8 @@ def signed_activations(graph: Graph) -> Iterator[Problem]:
     """X1, performance: the integer kernels of x86 multiply unsigned by signed codes.
 
     The dot product instruction VPDPBUSD of AVX512-VNNI takes unsigned and signed bytes (Intel 64
-    and IA-32 Architectures Software Developer's Manual). OpenVINO's ConvTranspose is the exception:
-    it takes signed codes alone.
+    and IA-32 Architectures Software Developer's Manual). OpenVINO has two exceptions, which have
+    to be signed: inputs of ConvTranspose, and what lies between a Concat and a product.
     """
     signed = [
         q
@@ -33,7 +33,7 @@ def signed_activations(graph: Graph) -> Iterator[Problem]:
         if not graph.constant(q.input(0)) and code_type(graph, q) == INT8
     ]
     if graph.target == "openvino":
-        signed = [q for q in signed if not _for_transposed(graph, q)]
+        signed = [q for q in signed if not _signed_in_openvino(graph, q)]
     if signed:
         yield Problem(
             "the model",
@@ -43,9 +43,11 @@ def signed_activations(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def _for_transposed(graph: Graph, q: Node) -> bool:
+def _signed_in_openvino(graph: Graph, q: Node) -> bool:
     readers = [n for dq in dqs_of(graph, q) for n in graph.consumers(dq.outputs[0])]
-    return any(n.op == "ConvTranspose" for n in readers)
+    joined = graph.producer(q.input(0), "Concat") is not None
+    wanting = ("ConvTranspose", "MatMul", "Gemm") if joined else ("ConvTranspose",)
+    return any(n.op in wanting for n in readers)
 
 
 @rule("X2", "error", title="Biases fit into int32", targets=("onnxruntime",))
