@@ -29,12 +29,16 @@ def output_uses(draft: Draft, readers: Readers) -> list[Use]:
             continue
         last = _fused_end(draft, call)
         value = last.outputs[0]
-        if readers.settled.get(value) is not None or not readers.is_read(value):
+        pooled = draft.placement == "openvino" and _is_pooled(draft, call, value)
+        settled = readers.settled.get(value) is not None and not pooled
+        if settled or not readers.is_read(value):
             continue
         if "#" not in last.site:
             continue
         place = Place(last.module, last.site.rpartition("/")[2], RESULT)
         reason = f"{_REASONS.get(call.op, f'output of {call.op}')}, which a float operation reads"
+        if pooled:
+            reason = f"{_REASONS.get(call.op, f'output of {call.op}')} in front of a MaxPool"
         if draft.tracing.returned(value):
             reason = f"{_REASONS.get(call.op, f'output of {call.op}')} and of the model"
         key = draft.tracing.root(value)
@@ -43,9 +47,23 @@ def output_uses(draft: Draft, readers: Readers) -> list[Use]:
     return uses
 
 
-def without_requantization(uses: list[Use], outputs: list[Use]) -> list[Use]:
+def _is_pooled(draft: Draft, call: Call, value: int) -> bool:
+    # Others move Q up through a MaxPool; OpenVINO runs one in float that has none in front of it.
+    if call.op not in _REASONS:
+        # Averages and concatenations hand on the grid of their inputs.
+        return False
+    return any(reader.op == "max_pool" for reader in draft.tracing.readers(value))
+
+
+def without_requantization(
+    draft: Draft, readers: Readers, uses: list[Use], outputs: list[Use]
+) -> list[Use]:
     """Drop the uses of tensors that are quantized where they are made: once is enough (L10)."""
     made = {(use.key, use.descriptor) for use in outputs}
+    for use in outputs:
+        last = next(call for call in draft.flow.calls if call.index == use.order[0])
+        for value in readers.reached(last.outputs[0], use.descriptor):
+            made.add((draft.tracing.root(value), use.descriptor))
     return [use for use in uses if (use.key, use.descriptor) not in made] + outputs
 
 

@@ -91,9 +91,9 @@ def make_plan(
     uses = _agreed(draft, [*draft.uses, *outputs])
     if outputs:
         results = set(outputs)
-        uses = without_requantization(
-            [use for use in uses if use not in results], [use for use in uses if use in results]
-        )
+        others = [use for use in uses if use not in results]
+        made = [use for use in uses if use in results]
+        uses = without_requantization(draft, readers, others, made)
     uses += _beside_the_pass(draft)
     return _finished(draft, uses, signs)
 
