@@ -5,7 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_EXTRAS = {"PIL": "vision", "matplotlib": "report", "sklearn": "demo", "torchvision": "vision"}
+_EXTRAS = {
+    "PIL": "vision",
+    "matplotlib": "report",
+    "openvino": "openvino",
+    "sklearn": "demo",
+    "torchvision": "vision",
+}
 
 
 def require(module: str) -> Any:
