@@ -233,6 +233,21 @@ def _arrow(axes: Axes, *points: tuple[float, float], color: str = INK, head: boo
     )
 
 
+def _kernel(axes: Axes, left: float, right: float, y: float) -> None:
+    """The ground behind operators that run as one kernel."""
+    axes.add_patch(
+        FancyBboxPatch(
+            (left, y - 0.34),
+            right - left,
+            0.68,
+            boxstyle="round,pad=0.02,rounding_size=0.12",
+            facecolor="#d3e2f0",
+            edgecolor="none",
+            zorder=0,
+        )
+    )
+
+
 def placement() -> Figure:
     """A residual block with Q/DQ where TensorRT fuses them, and where it does not."""
     figure, axes = _canvas(10.2, 5.0)
@@ -247,17 +262,7 @@ def placement() -> Figure:
         pairs = [1.0, 4.6] if fused else [1.0, 3.0, 4.6, 6.2, 7.8, 9.4]
         if fused:
             for left, right in ((1.75, 4.22), (4.98, 9.02)):
-                axes.add_patch(
-                    FancyBboxPatch(
-                        (left, y - 0.34),
-                        right - left,
-                        0.68,
-                        boxstyle="round,pad=0.02,rounding_size=0.12",
-                        facecolor="#d3e2f0",
-                        edgecolor="none",
-                        zorder=0,
-                    )
-                )
+                _kernel(axes, left, right, y)
         stops = sorted([(x, 0.62) for x in operators] + [(x, 0.5) for x in pairs])
         for x, name in operators.items():
             _box(axes, x, y, name, width=0.62)
@@ -330,17 +335,7 @@ def targets() -> Figure:
         axes.annotate(title, (0.1, base + 2.75), fontweight="bold", va="center")
         axes.annotate(note, (0.1, base + 0.24), va="center", fontsize=10)
         for left, right in kernels:
-            axes.add_patch(
-                FancyBboxPatch(
-                    (left, y - 0.34),
-                    right - left,
-                    0.68,
-                    boxstyle="round,pad=0.02,rounding_size=0.12",
-                    facecolor="#d3e2f0",
-                    edgecolor="none",
-                    zorder=0,
-                )
-            )
+            _kernel(axes, left, right, y)
         for x, name in operators.items():
             _box(axes, x, y, name, width=0.62)
         for x, (held, color) in pairs.items():

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pytorch_quant.scheme import Scheme
 
 
 def plain(value: Any) -> Any:
-    """`value` with dataclasses as dicts, schemes as their names and tuples as lists.
+    """`value` with dataclasses as dicts, schemes as their names, tuples and tensors as lists.
 
     Infinity and NaN, which JSON does not have, become None; so does what is private or callable.
     """
@@ -25,6 +28,10 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from pytorch_quant.scheme import Scheme
+from pytorch_quant.analysis.plain_data import plain
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells give it."""
@@ -44,26 +38,6 @@ class Outcome:
 def as_json(command: str, data: Any) -> str:
     """`data` as one JSON object, with the name of the command in front."""
     return json.dumps({"command": command, **plain(data)}, indent=2, allow_nan=False)
-
-
-def plain(value: Any) -> Any:
-    """What `json` writes; infinity and NaN, which JSON does not have, become None."""
-    if isinstance(value, Scheme):
-        return value.name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value) if not f.name.startswith("_")]
-        return {name: plain(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def failure(error: BaseException) -> dict[str, Any]:

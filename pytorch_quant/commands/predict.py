@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from pytorch_quant.commands.arguments import add_command, add_target
-from pytorch_quant.commands.outcome import Outcome, plain
+from pytorch_quant.commands.outcome import Outcome
 
 
 def add(commands: Any) -> None:
@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> Outcome:
+    from pytorch_quant.analysis.plain_data import plain
     from pytorch_quant.export import predict_int8
 
     prediction = predict_int8(options.file, options.target)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytorch_quant.analysis.plain_data import plain
 from pytorch_quant.commands.lint import counts, has_errors, told
-from pytorch_quant.commands.outcome import plain
 from pytorch_quant.export import ExportReport, Prediction, VerifyReport
 from pytorch_quant.export.lint import Finding
 from pytorch_quant.files import written_aside

@@ -19,25 +19,12 @@ from collections.abc import Callable
 import qat_networks
 import torch
 from run_options import checked, finish
-from timing import Case, Row, bounded, interleaved, quartiles, ratios
+from timing import Case, Row, interleaved, quartiles, ratios
 
 from pytorch_quant import cached_weights
 
 EAGER_RATIO = 1.10
 COMPILED_RATIO = 1.05
-
-
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All rows."""
-    work = qat_networks.Work(args)
-    models = {name: model.eval() for name, model in work.models().items()}
-    rows = rows_of(models, work, "")
-    if args.compile:
-        compiled = {
-            name: torch.compile(models[name], fullgraph=True) for name in ("float", "pytorch_quant")
-        }
-        rows += rows_of(compiled, work, "compiled ")
-    return rows
 
 
 def rows_of(models: dict, work: qat_networks.Work, prefix: str) -> list[Row]:
@@ -54,21 +41,9 @@ def rows_of(models: dict, work: qat_networks.Work, prefix: str) -> list[Row]:
     cases = [Case(name, forward(name)) for name in models]
     with torch.no_grad(), cached_weights(models["pytorch_quant"]):
         times = work.interleaved(cases, f"{prefix}inference")
-    spread = quartiles([t.done * 1000 for t in times[base]])
-    rows = [Row(f"{prefix}{base} pass of {work.what}", f"{spread:.1f} ms")]
     limit = COMPILED_RATIO if prefix else EAGER_RATIO
-    for name in models:
-        if name == base:
-            continue
-        spread = quartiles(ratios(times[name], times[base]))
-        least = min(t.done for t in times[name]) / min(t.done for t in times[base])
-        inside = " inside of `cached_weights`" if name == "pytorch_quant" else ""
-        what = f"{prefix}{name}{inside} / {prefix}{base}"
-        measured = f"{spread:.3f}, of the least times {least:.3f}"
-        if inside:
-            rows.append(bounded(what, spread.median, limit, measured))
-        else:
-            rows.append(Row(what, measured))
+    what, scope = f"pass of {work.what}", " inside of `cached_weights`"
+    rows = qat_networks.against_float(times, prefix, what, limit, scope)
     if not prefix:
         with torch.no_grad():
             names = [base, "pytorch_quant"]
@@ -96,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and return the exit status."""
     args = parse(argv)
     torch.manual_seed(0)
-    return finish("Inference", measure(args), args, sys.argv[1:] if argv is None else argv)
+    rows = qat_networks.measure(args, "eval", rows_of)
+    return finish("Inference", rows, args, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

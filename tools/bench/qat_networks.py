@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import qat_peers
 import torch
 from run_options import add_options
-from timing import Case, Seconds, interleaved
+from timing import Case, Row, Seconds, bounded, interleaved, quartiles, ratios
 from torch import nn
 
 from pytorch_quant import calibrate
 from pytorch_quant.models import BasicBlock, ResNet, resnet18
+
+RowsOf = Callable[[dict[str, Any], "Work", str], list[Row]]
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -81,3 +83,51 @@ class Work:
             model = resnet18(quantize=quantize)
         layout = torch.channels_last if self.args.bfloat16 else torch.contiguous_format
         return model.to(self.args.device, memory_format=layout)
+
+
+def measure(args: argparse.Namespace, mode: str, rows_of: RowsOf) -> list[Row]:
+    """The rows of the eager models, and of the compiled ones where `--compile` asks for them.
+
+    Args:
+        args: The command line.
+        mode: `"eval"` or `"train"`.
+        rows_of: Given the models, the work, and a prefix for names.
+    """
+    work = Work(args)
+    models = {name: getattr(model, mode)() for name, model in work.models().items()}
+    rows = rows_of(models, work, "")
+    if args.compile:
+        compiled = {
+            name: torch.compile(models[name], fullgraph=True) for name in ("float", "pytorch_quant")
+        }
+        rows += rows_of(compiled, work, "compiled ")
+    return rows
+
+
+def against_float(
+    times: dict[str, list[Seconds]], prefix: str, what: str, limit: float, scope: str = ""
+) -> list[Row]:
+    """The time of the float model, and every other one against it; ours has to stay in `limit`.
+
+    Args:
+        times: By model.
+        prefix: For names.
+        what: What is timed, in words.
+        limit: The ratio that is claimed.
+        scope: In words, what ours runs in.
+    """
+    base = "float"
+    spread = quartiles([t.done * 1000 for t in times[base]])
+    rows = [Row(f"{prefix}{base} {what}", f"{spread:.1f} ms")]
+    for name in times:
+        if name == base:
+            continue
+        spread = quartiles(ratios(times[name], times[base]))
+        least = min(t.done for t in times[name]) / min(t.done for t in times[base])
+        measured = f"{spread:.3f}, of the least times {least:.3f}"
+        if name == "pytorch_quant":
+            title = f"{prefix}{name}{scope} / {prefix}{base}"
+            rows.append(bounded(title, spread.median, limit, measured))
+        else:
+            rows.append(Row(f"{prefix}{name} / {prefix}{base}", measured))
+    return rows

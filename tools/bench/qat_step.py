@@ -19,7 +19,7 @@ from collections.abc import Callable
 import qat_networks
 import torch
 from run_options import checked, finish
-from timing import Case, Row, bounded, quartiles, ratios
+from timing import Case, Row
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,37 +43,10 @@ def step_of(model: nn.Module, work: qat_networks.Work) -> Callable[[], None]:
 
 def rows_of(models: dict, work: qat_networks.Work, prefix: str) -> list[Row]:
     """Every model against the first one."""
-    base = "float"
     cases = [Case(name, step_of(model, work)) for name, model in models.items()]
     times = work.interleaved(cases, f"{prefix}training")
-    spread = quartiles([t.done * 1000 for t in times[base]])
-    rows = [Row(f"{prefix}{base} step of {work.what}", f"{spread:.1f} ms")]
     limit = COMPILED_RATIO if prefix else EAGER_RATIO
-    for name in models:
-        if name == base:
-            continue
-        spread = quartiles(ratios(times[name], times[base]))
-        least = min(t.done for t in times[name]) / min(t.done for t in times[base])
-        what = f"{prefix}{name} / {prefix}{base}"
-        measured = f"{spread:.3f}, of the least times {least:.3f}"
-        if name == "pytorch_quant":
-            rows.append(bounded(what, spread.median, limit, measured))
-        else:
-            rows.append(Row(what, measured))
-    return rows
-
-
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All rows."""
-    work = qat_networks.Work(args)
-    models = {name: model.train() for name, model in work.models().items()}
-    rows = rows_of(models, work, "")
-    if args.compile:
-        compiled = {
-            name: torch.compile(models[name], fullgraph=True) for name in ("float", "pytorch_quant")
-        }
-        rows += rows_of(compiled, work, "compiled ")
-    return rows
+    return qat_networks.against_float(times, prefix, f"step of {work.what}", limit)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -88,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and return the exit status."""
     args = parse(argv)
     torch.manual_seed(0)
-    return finish("Training", measure(args), args, sys.argv[1:] if argv is None else argv)
+    rows = qat_networks.measure(args, "train", rows_of)
+    return finish("Training", rows, args, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
