@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-VALUES_PER_THREAD = 2**17
-"""Size of a block: 512 KiB of float32 for each core that works on it, half of a usual L2 cache."""
+VALUES_PER_BLOCK = 2**20
+"""4 MiB of float32: two blocks stay in a usual last cache, and cutting costs next to nothing."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -27,6 +27,7 @@ def is_plain(*tensors: Tensor) -> bool:
         all(type(t) in _PLAIN for t in tensors)
         and not torch.jit.is_tracing()
         and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -40,7 +41,7 @@ def pays(x: Tensor, *others: Tensor) -> bool:
     """
     return (
         x.device.type == "cpu"
-        and x.numel() > VALUES_PER_THREAD * torch.get_num_threads()
+        and x.numel() > VALUES_PER_BLOCK
         and is_plain(x, *others)
         and all(o.stride() == x.stride() for o in others)
         and _dense_order(x) is not None
@@ -62,7 +63,7 @@ def blocks(
     """
     order = _dense_order(values[0])
     assert order is not None
-    size = VALUES_PER_THREAD * torch.get_num_threads()
+    size = VALUES_PER_BLOCK
     if ranges[0].numel() == 1:
         single = tuple(r.reshape(()) for r in ranges)
         flat = [v.permute(order).view(-1).split(size) for v in values]

@@ -120,9 +120,18 @@ def straight_through(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
         or not blockwise.is_plain(grad, x, amax)
         or not x.is_floating_point()
     ):
-        return torch.where(_wide(x).abs() <= amax, grad, 0.0)
+        return torch.where(_wide(in_backward(x, grad)).abs() <= amax, grad, 0.0)
     with torch._C.DisableTorchFunction():
         return _masked(grad, x, amax)
+
+
+def in_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """`x`, such that a compiler computes in the backward pass what a gradient needs of it.
+
+    A mask that does not depend on the gradient would be computed in the forward pass and kept. On
+    the CPU storing it takes longer than all the rest of a compiled fake quantization.
+    """
+    return torch.where(grad == grad, x, x) if torch.compiler.is_compiling() else x
 
 
 # Comparing and selecting takes several passes, of which those with a mask of bool are slow on the
@@ -170,6 +179,16 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, amax = ctx.saved_tensors
         return straight_through(grad, x, amax), None, None, None
+
+
+class _FakeQuantizeNow(torch.autograd.Function):
+    # Functions that separate the context from `forward` inspect their signature in every call.
+    @staticmethod
+    def forward(ctx, x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x, amax)
+        return _fake_quantize_values(x, scale, fmt)
+
+    backward = _FakeQuantize.backward
 
 
 class _Quantize(_FakeQuantize):
@@ -224,7 +243,11 @@ def fake_quantize(
     scale = compute_scale(amax, fmt, x.dtype if scale_dtype is None else scale_dtype)
     if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
         return _fake_quantize_op(x, amax, scale, fmt.name)
-    return _FakeQuantize.apply(x, amax, scale, fmt)
+    if torch.compiler.is_compiling() or not blockwise.is_plain(x, amax):
+        return _FakeQuantize.apply(x, amax, scale, fmt)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _fake_quantize_values(x, scale, fmt)
+    return _FakeQuantizeNow.apply(x, amax, scale, fmt)
 
 
 def torch_fake_quantize(x: Tensor, amax: Tensor, axis: Axis, fmt: Format) -> Tensor:

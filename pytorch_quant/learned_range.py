@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytorch_quant.fake_quant import compute_scale, fake_quantize
+from pytorch_quant.fake_quant import compute_scale, fake_quantize, in_backward
 from pytorch_quant.formats import Format
 
 RangeMethod = Literal["lsq", "pact"]
@@ -110,6 +110,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, amax = ctx.saved_tensors
+        x = in_backward(x, grad)
         gradient = _lsq if ctx.method == "lsq" else _pact
         inside, outer = gradient(grad, x, amax, ctx.fmt, ctx.weight, ctx.scale_dtype)
         given = torch.where(inside, grad, 0.0) if ctx.needs_input_grad[0] else None

@@ -35,9 +35,8 @@ LAYOUTS = {
 @pytest.fixture(params=[16, 100, 10**9])
 def block(request, monkeypatch):
     """Values of a block: a few rows, most of a channel, more than the tensor has."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(blockwise, "VALUES_PER_THREAD", -(-request.param // threads))
-    return blockwise.VALUES_PER_THREAD * threads
+    monkeypatch.setattr(blockwise, "VALUES_PER_BLOCK", request.param)
+    return request.param
 
 
 def case(shape, axis, layout, dtype=torch.float32):
@@ -98,12 +97,12 @@ def test_other_dtypes(block, dtype, axis):
 def test_blocks_change_nothing_in_other_formats(monkeypatch, axis, fmt):
     x, amax = case((7, 5, 11, 3), axis, "contiguous")
     whole = fake_quant.fake_quantize(x, amax, fmt)
-    monkeypatch.setattr(blockwise, "VALUES_PER_THREAD", 16)
+    monkeypatch.setattr(blockwise, "VALUES_PER_BLOCK", 16)
     assert torch.equal(fake_quant.fake_quantize(x, amax, fmt), whole)
 
 
 def test_nan_stays_nan_in_every_block(monkeypatch):
-    monkeypatch.setattr(blockwise, "VALUES_PER_THREAD", 16)
+    monkeypatch.setattr(blockwise, "VALUES_PER_BLOCK", 16)
     x = torch.randn(50, 7)
     x[::3] = torch.nan
     y = fake_quant.fake_quantize(x, torch.rand(50, 1), INT8)
@@ -178,7 +177,7 @@ def test_blocks_cover_every_value_once(block, axis):
 
 
 def test_what_cannot_be_cut(monkeypatch):
-    monkeypatch.setattr(blockwise, "VALUES_PER_THREAD", 1)
+    monkeypatch.setattr(blockwise, "VALUES_PER_BLOCK", 1)
     x = torch.randn(8, 8)
     assert blockwise.pays(x)
     assert not blockwise.pays(x[:, :4]), "has gaps"

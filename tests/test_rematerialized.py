@@ -85,7 +85,7 @@ def test_gradients_are_the_same(method, recomputed):
 
 
 def test_tensors_over_several_blocks(monkeypatch, recomputed):
-    monkeypatch.setattr(blockwise, "VALUES_PER_THREAD", 2**7)
+    monkeypatch.setattr(blockwise, "VALUES_PER_BLOCK", 2**7)
     model = network().to(memory_format=torch.channels_last)
     same(model, images().contiguous(memory_format=torch.channels_last))
     assert len(recomputed) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import shlex
 import sys
@@ -14,15 +15,24 @@ from timing import Row, machine, report, status
 
 from pytorch_quant.files import written_aside
 
+# malloc.h of the GNU C library.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_MOST = 2**31 - 1
+
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Add `--quick`, `--rounds`, `--device`, `--compile` and `--json`."""
+    """Add `--quick`, `--rounds`, `--device`, `--compile`, `--json` and `--return-memory`."""
     add = parser.add_argument
     add("--quick", action="store_true", help="small tensors and few rounds")
     add("--rounds", type=int, default=rounds, help=f"rounds of each timing (default: {rounds})")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--compile", action="store_true", help="measure compiled code as well")
     add("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+    add(
+        "--return-memory",
+        action="store_true",
+        help="let the C library return freed memory to the system, as it does by itself",
+    )
 
 
 def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +45,20 @@ def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
         parser.error("torch sees no CUDA device; use --device cpu")
     if args.quick:
         args.rounds = min(args.rounds, 2)
+    if not args.return_memory:
+        keep_freed_memory()
     return args
+
+
+def keep_freed_memory() -> None:
+    """Have the process use its memory again, where the C library is GNU's.
+
+    By itself it returns large blocks to the system at moments that depend on what was allocated
+    before, and takes them back page by page. That can take longer than what is measured.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, _MOST)
 
 
 def finish(title: str, rows: Sequence[Row], args: argparse.Namespace, argv: Sequence[str]) -> int:
