@@ -184,7 +184,7 @@ class _FakeQuantize(torch.autograd.Function):
 class _FakeQuantizeNow(torch.autograd.Function):
     # Functions that separate the context from `forward` inspect their signature in every call.
     @staticmethod
-    def forward(ctx, x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, amax)
         return _fake_quantize_values(x, scale, fmt)
 

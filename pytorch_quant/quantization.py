@@ -59,8 +59,8 @@ def quantize(
 
     Raises:
         TypeError: `model` is no module or a scripted one, or `example_inputs` is of a wrong type.
-        ValueError: an unknown placement, a placement without example inputs, or a rule that does
-            not hold.
+        ValueError: an unknown placement, a placement without example inputs, a rule that does not
+            hold, or, without rules, a model in which nothing can be quantized.
         RuntimeError: parameters without values (on the meta device, or lazy), a compiled model, or
             a call from the forward of a model that is just being recorded.
         Exception: whatever the model raises in the recorded pass.
@@ -76,6 +76,8 @@ def quantize(
         )
         return model
     plan = _plan(model, example_inputs, rules, placement)
+    if not plan.quantizers and not rules:
+        raise ValueError(_nothing_to_quantize(model, plan))
     apply_plan(model, plan)
     if example_inputs is not None:
         keep_form(model, example_inputs)
@@ -119,6 +121,15 @@ def _plan(
         with _while_recording():
             flow = record(model, example_inputs)
     return make_plan(model, flow, rules, placement)
+
+
+def _nothing_to_quantize(model: nn.Module, plan: Plan) -> str:
+    name = type(model).__name__
+    message = f"there is nothing to quantize in {name}"
+    if plan.left:
+        left = "; ".join(f"{item.site or name}: {item.reason}" for item in plan.left[:3])
+        return f"{message} without rules: {left}"
+    return f"{message}: no convolutions, linear layers or other products, additions or pools"
 
 
 @contextmanager

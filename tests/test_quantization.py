@@ -147,3 +147,16 @@ def test_a_placement_needs_inputs():
         quantize(Net())
     with pytest.raises(ValueError, match="has to see one forward pass"):
         placement_plan(Net(), None)
+
+
+def test_a_model_without_anything_to_quantize():
+    with pytest.raises(ValueError, match="nothing to quantize in ReLU: no convolutions"):
+        quantize(nn.ReLU(), example_inputs=torch.randn(2, 3))
+    with pytest.raises(ValueError, match="in LSTM without rules: LSTM: a recurrent layer; "):
+        quantize(nn.LSTM(4, 4), example_inputs=torch.randn(1, 3, 4))
+
+
+def test_rules_may_leave_everything_float():
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert quantize(model, {"*": None}, placement="none") is model
+    assert type(model[0]) is nn.Linear

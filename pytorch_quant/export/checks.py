@@ -159,6 +159,12 @@ def choose_opset(model: nn.Module, opset: int | None, *, dynamo: bool = True) ->
             f"opset={opset} is above {_HIGHEST_OF_TORCHSCRIPT}, where {_TORCHSCRIPT} ends; leave "
             "it out, or use dynamo=True"
         )
+    highest = _highest_of_onnx()
+    if opset > highest:
+        raise ValueError(
+            f"opset={opset} is above {highest}, the highest that the installed onnx knows; leave "
+            "it out, or update onnx"
+        )
     for kind, floor in sorted(floors.items()):
         if opset < floor:
             raise ValueError(
@@ -184,3 +190,9 @@ def _kinds(model: nn.Module) -> set[str]:
         if quantizer.num_bits == (4, 3):
             kinds.add("FP8")
     return kinds
+
+
+def _highest_of_onnx() -> int:
+    import onnx
+
+    return int(onnx.defs.onnx_opset_version())

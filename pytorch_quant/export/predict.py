@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytorch_quant.export.lint import check_target
 from pytorch_quant.export.lint.graph import Graph, Node, open_graph
-from pytorch_quant.export.lint.grids import weight_input
+from pytorch_quant.export.lint.grids import E4M3, code_type, source_dq, weight_input
 from pytorch_quant.export.lint.runtimes import VERDICTS
 from pytorch_quant.export.lint.runtimes.operands import ON_CODES, judged, on_codes
 from pytorch_quant.tables import aligned
@@ -31,6 +31,7 @@ class Row:
         reason: Why.
         macs: Its multiply-accumulates, for a batch of 1 where the batch varies; None where shapes
             are unknown, 0 for operators without a product.
+        fp8: Whether the codes are FP8.
     """
 
     node: str
@@ -38,6 +39,12 @@ class Row:
     int8: bool
     reason: str
     macs: int | None
+    fp8: bool = False
+
+    @property
+    def runs_in(self) -> str:
+        """`int8`, `fp8` or `float`."""
+        return "float" if not self.int8 else "fp8" if self.fp8 else "int8"
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,10 @@ class Prediction:
 
     def __str__(self) -> str:
         rows = [("node", "op", "runs in", "why")]
-        rows += [(r.node, r.op, "int8" if r.int8 else "float", r.reason) for r in self.rows]
+        rows += [(r.node, r.op, r.runs_in, r.reason) for r in self.rows]
         count = len(self.rows) - len(self.float_rows)
-        total = f"{self.target}: {count} of {len(self.rows)} operators in int8"
+        kinds = sorted({row.runs_in for row in self.rows if row.int8}) or ["int8"]
+        total = f"{self.target}: {count} of {len(self.rows)} operators in {' or '.join(kinds)}"
         if self.share is not None:
             total += f", {self.share:.1%} of the multiply-accumulates"
         return "\n".join([*aligned(rows), total])
@@ -99,7 +107,7 @@ def predict_int8(path: str | os.PathLike[str] | ModelProto, target: str = "tenso
             runs, reason = False, f"an operator of ONNX Runtime, which {target} does not have"
         else:
             runs, reason = VERDICTS[target](graph, node)
-        rows.append(Row(node.name, node.op, runs, reason, _macs(graph, node)))
+        rows.append(Row(node.name, node.op, runs, reason, _macs(graph, node), _fp8(graph, node)))
     return Prediction(target, rows)
 
 
@@ -109,6 +117,12 @@ def _sizes(graph: Graph, tensor: str) -> tuple[int, ...] | None:
         return None
     known = (shape[0] or 1, *shape[1:])
     return None if None in known else tuple(size or 0 for size in known)
+
+
+def _fp8(graph: Graph, node: Node) -> bool:
+    """Whether the node reads FP8 codes."""
+    dqs = [source_dq(graph, name) for name in node.inputs if name]
+    return any(dq is not None and code_type(graph, dq) == E4M3 for dq in dqs)
 
 
 def _macs(graph: Graph, node: Node) -> int | None:

@@ -11,6 +11,7 @@ from pytorch_quant.export.recode import code_inputs
 from pytorch_quant.export.wiring import Wiring, is_standard
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_DYNAMIC_LSTM = "DynamicQuantizeLSTM"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ExportReport:
         dequantize_nodes: Number of DequantizeLinear nodes.
         integer_weights: Number of weights stored as integers.
         quantized_layers: Number of convolutions and products with a constant weight whose input
-            and weight are both quantized.
+            and weight are both quantized, and of dynamically quantized LSTMs.
         weight_only_layers: Number of those with a quantized weight and a float input.
         float_layers: Names of the nodes of the others.
         float_quantizers: Names of disabled quantizers, whose tensors are float in the file.
@@ -58,12 +59,13 @@ class ExportReport:
             f"{self.path} for {self.target}: {self.size / 1e6:.2f} MB, opset {self.opset}, "
             f"{self.seconds:.1f} s",
             f"  {self.quantize_nodes} Q, {self.dequantize_nodes} DQ, {self.integer_weights} integer"
-            f" weights; {self.quantized_layers} quantized layers",
+            f" weights; {_layers(self.quantized_layers, 'quantized')}",
         ]
         if self.weight_only_layers:
-            lines.append(f"  {self.weight_only_layers} layers with quantized weights alone")
+            lines.append(f"  {_layers(self.weight_only_layers)} with quantized weights alone")
         if self.float_layers:
-            lines.append(f"  {len(self.float_layers)} float layers: {', '.join(self.float_layers)}")
+            count = _layers(len(self.float_layers), "float")
+            lines.append(f"  {count}: {', '.join(self.float_layers)}")
         if self.float_quantizers:
             lines.append(f"  disabled quantizers: {', '.join(self.float_quantizers)}")
         if self.raised_channels:
@@ -74,6 +76,11 @@ class ExportReport:
             counts = (f"{n} {name}" for name, n in self.other_operators.items())
             lines.append(f"  outside of the standard domain: {', '.join(counts)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _layers(count: int, kind: str = "") -> str:
+    words = [str(count), kind, "layer" if count == 1 else "layers"]
+    return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def count_layers(graph: Any) -> LayerCounts:
     quantized = weight_only = 0
     plain = []
     for node in graph.node:
-        if is_standard(node, "MatMulInteger"):
+        if is_standard(node, "MatMulInteger") or node.op_type == _DYNAMIC_LSTM:
             quantized += 1
             continue
         if not is_standard(node, *_WEIGHTED) or node.input[1] not in wiring.constants:

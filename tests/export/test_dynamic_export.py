@@ -257,6 +257,7 @@ def test_lstms_run_as_one_operator_for_each_layer(tmp_path, recurrent):
     report, file = file_of(model, args, tmp_path / "m.onnx", dynamic_shapes=shapes)
     assert report.other_operators == {"com.microsoft.DynamicQuantizeLSTM": 6}
     assert "6 com.microsoft.DynamicQuantizeLSTM" in str(report)
+    assert report.quantized_layers == 6
     kinds = {n.op_type for n in file.graph.node}
     assert not {"MatMul", "Gemm", "Cast", "Div", "Round", "DynamicQuantizeLinear"} & kinds
     longer = torch.randn(9, 4, 24), *args[1:]

@@ -137,7 +137,7 @@ def test_a_disabled_quantizer_is_float_and_listed(tmp_path, calibrated):
     report = export_onnx(model, x, tmp_path / "m.onnx")
     assert report.float_quantizers == ["6._input_quantizer", "6._weight_quantizer"]
     assert report.quantized_layers == 3 and report.float_layers == ("6/Gemm",)
-    assert "1 float layers: 6/Gemm" in str(report)
+    assert "1 float layer: 6/Gemm" in str(report)
     assert "disabled quantizers: 6._input_quantizer, 6._weight_quantizer" in str(report)
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
     np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
@@ -513,3 +513,9 @@ def test_too_many_names(tmp_path, kind, dynamo):
 def test_an_opset_that_is_no_number(tmp_path, opset):
     with pytest.raises(TypeError, match=f"opset is a whole number such as 20, got {opset!r}"):
         export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "m.onnx", opset=opset)
+
+
+def test_an_opset_that_is_none(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"opset=99 is above \d+, the highest that the installed"):
+        export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "m.onnx", opset=99)
+    assert capfd.readouterr().err == "", "the exporter was not started"

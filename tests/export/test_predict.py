@@ -337,6 +337,10 @@ def test_fp8_codes_run_nowhere_on_integers_and_still_load(tmp_path):
     export_onnx(model, x, path)
     rows = predict_int8(path, "onnxruntime").rows
     assert rows and not any(row.int8 for row in rows)
+    assert {row.runs_in for row in rows} == {"float"}
+    taken = predict_int8(path, "tensorrt")
+    assert [row.runs_in for row in taken.rows] == ["fp8", "fp8"]
+    assert "2 of 2 operators in fp8" in str(taken) and "int8" not in str(taken)
     # With all optimizations the session is refused, or the Relu is gone.
     found = open_session(path, "onnxruntime").run([x])[0]
     torch.testing.assert_close(found, model(x).detach(), rtol=1e-5, atol=1e-5)
