@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import qat_networks
 import torch
@@ -39,7 +40,10 @@ def rows_of(models: dict, work: qat_networks.Work, prefix: str) -> list[Row]:
 
     args, base = work.args, "float"
     cases = [Case(name, forward(name)) for name in models]
-    with torch.no_grad(), cached_weights(models["pytorch_quant"]):
+    with torch.no_grad(), ExitStack() as scopes:
+        for name in models:
+            if name.startswith("pytorch_quant"):
+                scopes.enter_context(cached_weights(models[name]))
         times = work.interleaved(cases, f"{prefix}inference")
     limit = COMPILED_RATIO if prefix else EAGER_RATIO
     what, scope = f"pass of {work.what}", " inside of `cached_weights`"

@@ -13,7 +13,7 @@ from run_options import add_options
 from timing import Case, Row, Seconds, bounded, interleaved, quartiles, ratios
 from torch import nn
 
-from pytorch_quant import calibrate
+from pytorch_quant import calibrate, quantize
 from pytorch_quant.models import BasicBlock, ResNet, resnet18
 
 RowsOf = Callable[[dict[str, Any], "Work", str], list[Row]]
@@ -54,12 +54,19 @@ class Work:
             self.what += ", bfloat16, channels-last"
 
     def models(self) -> dict[str, nn.Module]:
-        """The same network in float and fake-quantized, the latter calibrated, by name."""
-        plain, quantized = self._network(False), self._network(True)
-        quantized.load_state_dict(plain.state_dict(), strict=False)
-        calibrate(quantized.eval(), [self.images], progress=False)
+        """The same network in float and fake-quantized, the latter calibrated, by name.
+
+        What is compared with float, and with other toolkits, has quantizers in its layers, as they
+        have; another one has them at its residual additions and its pooling too.
+        """
+        plain, layers = self._network(False), quantize(self._network(False), placement="none")
+        everywhere = self._network(True)
+        for model in (layers, everywhere):
+            model.load_state_dict(plain.state_dict(), strict=False)
+            calibrate(model.eval(), [self.images], progress=False)
         peers = {} if self.args.quick else qat_peers.quantized_models(plain.eval(), self.images)
-        return {"float": plain, "pytorch_quant": quantized, **peers}
+        ours = {"pytorch_quant": layers, "pytorch_quant with its additions": everywhere}
+        return {"float": plain, **ours, **peers}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 where it was asked for."""
@@ -74,13 +81,13 @@ class Work:
             cases, self.args.rounds, device=self.args.device, least_seconds=seconds, title=title
         )
 
-    def _network(self, quantize: bool) -> nn.Module:
+    def _network(self, quantized: bool) -> nn.Module:
         if self.args.quick:
             model: nn.Module = ResNet(
-                BasicBlock, [1, 1, 1, 1], 10, quantize=quantize, small_input=True, width=8
+                BasicBlock, [1, 1, 1, 1], 10, quantize=quantized, small_input=True, width=8
             )
         else:
-            model = resnet18(quantize=quantize)
+            model = resnet18(quantize=quantized)
         layout = torch.channels_last if self.args.bfloat16 else torch.contiguous_format
         return model.to(self.args.device, memory_format=layout)
 

@@ -74,10 +74,15 @@ def _of_modelopt(amax: Tensor, axis: int | None) -> FakeQuantize:
 
 
 def _of_torchao(amax: Tensor, axis: int | None) -> FakeQuantize:
-    from torchao.quantization.quant_primitives import (  # type: ignore[import-not-found, unused-ignore]
-        fake_quantize_affine,
+    from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
+        quant_primitives,
     )
 
+    # Private in newer releases.
+    names = ("fake_quantize_affine", "_fake_quantize_affine")
+    fake_quantize_affine = next(
+        getattr(quant_primitives, name) for name in names if hasattr(quant_primitives, name)
+    )
     scale = (amax / 127).reshape(-1)
     zeros = torch.zeros_like(scale, dtype=torch.int32)
 
