@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 # HiGHS stops at an absolute gap of 1e-6; the objective is scaled to be far above.
 _OBJECTIVE = 1e4
 _ATTEMPTS = 20
+# How much smaller the largest figure has to become for another, finer solution.
+_FINER = 0.1
 
 Figures = Mapping[str, float]
 
@@ -21,17 +24,63 @@ def allocate(
 
     The multiple-choice knapsack problem as an integer programme: `x[l, o]` is 1 where layer `l`
     takes option `o`, `sum_o x[l, o] = 1`, and for each limit the sum of its figures is at most the
-    limit. `scipy.optimize.milp` (HiGHS) solves it to optimality.
+    limit. `scipy.optimize.milp` (HiGHS) solves it to optimality. It does so up to a tolerance
+    that is relative to the largest figure, which may be that of a ruinous option: what costs more
+    than a solution in hand is taken out, and the rest solved again. Of options of a layer that are
+    equal in what counts, the least in other figures is taken.
 
     Args:
         options: For each layer its options, each with its figures, all finite and >= 0.
         objective: The figure whose sum is to be least.
         limits: The most that the sums of other figures may be.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
     if not options:
         return []
+    left = [_unbeaten(layer, (objective, *limits)) for layer in options]
+    least = [min(layer[i][objective] for i in n) for layer, n in zip(options, left, strict=True)]
+    best: list[int] | None = None
+    while True:
+        offered = [[layer[i] for i in n] for layer, n in zip(options, left, strict=True)]
+        found = _solution(offered, objective, limits)
+        if found is None:
+            return best
+        chosen = [n[i] for n, i in zip(left, found, strict=True)]
+        if best is None or total(options, chosen, objective) < total(options, best, objective):
+            best = chosen
+        # What a layer costs above the least that it must.
+        above = [
+            {i: layer[i][objective] - low for i in n}
+            for layer, n, low in zip(options, left, least, strict=True)
+        ]
+        spent = sum(costs[i] for costs, i in zip(above, best, strict=True))
+        worst = max(max(costs.values()) for costs in above)
+        left = [[i for i, cost in costs.items() if cost <= spent] for costs in above]
+        kept = max(costs[i] for costs, n in zip(above, left, strict=True) for i in n)
+        if kept > _FINER * worst or kept == 0:
+            return best
+
+
+def _unbeaten(layer: Sequence[Figures], keys: Sequence[str]) -> list[int]:
+    """The numbers of the options that no other one beats in all of the keys."""
+
+    def beats(one: int, other: int) -> bool:
+        a, b = layer[one], layer[other]
+        if any(a[key] > b[key] for key in keys):
+            return False
+        if any(a[key] < b[key] for key in keys):
+            return True
+        rest = tuple(a.values()), tuple(b.values())
+        return (*rest[0], one) < (*rest[1], other)
+
+    numbers = range(len(layer))
+    return [n for n in numbers if not any(beats(o, n) for o in numbers if o != n)]
+
+
+def _solution(
+    options: Sequence[Sequence[Figures]], objective: str, limits: Mapping[str, float]
+) -> list[int] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     flat = [figures for layer in options for figures in layer]
     cost = np.array([figures[objective] for figures in flat])
     # The least of each layer is paid in any case: what differs is what counts.
@@ -91,7 +140,7 @@ def front(
     Choices that another one beats in both are left out, so that there may be fewer than `points`.
     """
     least = sum(min(figures[cost] for figures in layer) for layer in options)
-    free = allocate(options, objective, {})
+    free = allocate(options, objective, {cost: math.inf})
     if free is None:
         return []
     most = max(total(options, free, cost), least)

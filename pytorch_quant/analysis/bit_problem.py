@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,8 @@ class BitProblem:
         """The best assignment within the limits, and the front; arguments as in `search_bits`.
 
         Raises:
-            ValueError: the limits cannot be met, or every choice of a layer has an infinite error.
+            ValueError: the limits cannot be met, every choice of a layer has an infinite error, or
+                layers that share a weight have no choice in common.
         """
         broken = [name for name, found in self.errors.items() if not found]
         if broken:
@@ -52,6 +54,12 @@ class BitProblem:
                 f"search_bits: every choice makes the output of the model infinite or NaN in "
                 f"{broken[0]}; add None to the choices"
             )
+        for group, numbers in zip(self._groups, self._numbers, strict=True):
+            if not numbers:
+                raise ValueError(
+                    f"search_bits: {', '.join(group)} share a weight, and no choice fits all of "
+                    "them; add None to the choices"
+                )
         room = {
             key: self._absolute(key, value) - (self._rest if key == "size" else 0.0)
             for key, value in limits.items()
@@ -62,7 +70,7 @@ class BitProblem:
         if chosen is None:
             raise ValueError(self._impossible(limits))
         final = self._point(chosen)
-        picked = {name: self._numbers[name][i] for name, i in zip(self.layers, chosen, strict=True)}
+        picked = self._picked(chosen)
         spent = next((key for key in limits if key != "error"), minimize)
         names = choice_names(self.schemes)
         rows = [
@@ -82,23 +90,63 @@ class BitProblem:
         curve = [self._point(one) for one in front(options, spent, "error", points)]
         return BitSearch(method, rows, final, curve, {**kept, **ours})
 
-    @property
-    def _numbers(self) -> dict[str, list[int]]:
-        return {name: sorted(found) for name, found in self.errors.items()}
+    @cached_property
+    def _groups(self) -> list[list[str]]:
+        """The names of layers that share a weight, which get one choice."""
+        groups: dict[int, list[str]] = {}
+        for name, layer in self.layers.items():
+            # A weight that a parametrization computes is another tensor each time.
+            weight = layer.module._parameters.get("weight")
+            groups.setdefault(id(layer.module if weight is None else weight), []).append(name)
+        return list(groups.values())
 
-    @property
+    @cached_property
+    def _numbers(self) -> list[list[int]]:
+        """The numbers of the schemes that each group can take."""
+        return [
+            sorted(set.intersection(*(set(self.errors[name]) for name in group)))
+            for group in self._groups
+        ]
+
+    @cached_property
     def _options(self) -> list[list[dict[str, float]]]:
         return [
             [
                 {
-                    "error": self.errors[name][number],
-                    "size": weight_bits(layer, self.schemes[number]) / 8,
-                    "bops": float(bit_operations(self.macs[name], self.schemes[number])),
+                    "error": sum(self.errors[name][number] for name in group),
+                    "size": self._bytes(group, self.schemes[number]),
+                    "bops": float(
+                        sum(bit_operations(self.macs[n], self.schemes[number]) for n in group)
+                    ),
                 }
-                for number in self._numbers[name]
+                for number in numbers
             ]
-            for name, layer in self.layers.items()
+            for group, numbers in zip(self._groups, self._numbers, strict=True)
         ]
+
+    @cached_property
+    def _read_elsewhere(self) -> set[int]:
+        """The ids of parameters that other modules hold, such as a tied embedding."""
+        assigned = {id(layer.module) for layer in self.layers.values()}
+        others = (module for module in self.model.modules() if id(module) not in assigned)
+        return {id(held) for module in others for held in module._parameters.values()}
+
+    def _bytes(self, group: list[str], scheme: Scheme | None) -> float:
+        """What the weight of a group takes, beyond what stays in any case."""
+        layer = self.layers[group[0]]
+        stays = id(layer.module._parameters.get("weight", layer)) in self._read_elsewhere
+        if stays and (scheme is None or scheme.weight is None):
+            return 0.0
+        return weight_bits(layer, scheme) / 8
+
+    def _picked(self, chosen: list[int]) -> dict[str, int]:
+        """The number of the scheme of each layer, in the order of the model."""
+        picked = {
+            name: numbers[i]
+            for group, numbers, i in zip(self._groups, self._numbers, chosen, strict=True)
+            for name in group
+        }
+        return {name: picked[name] for name in self.layers}
 
     @property
     def _whole(self) -> float:
@@ -106,8 +154,8 @@ class BitProblem:
 
     @property
     def _rest(self) -> float:
-        """Bytes that no choice touches; a weight that two layers share counts for both."""
-        floats = sum(weight_bits(layer, None) / 8 for layer in self.layers.values())
+        """Bytes that no choice touches."""
+        floats = sum(self._bytes(group, None) for group in self._groups)
         return max(self._whole - floats, 0.0)
 
     @property
@@ -130,10 +178,7 @@ class BitProblem:
             bops,
             bops / max(self._float_bops, 1.0),
             total(options, chosen, "error"),
-            {
-                name: names[self._numbers[name][i]]
-                for name, i in zip(self.layers, chosen, strict=True)
-            },
+            {name: names[number] for name, number in self._picked(chosen).items()},
         )
 
     def _impossible(self, limits: Mapping[str, float]) -> str:

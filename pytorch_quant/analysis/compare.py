@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytorch_quant.analysis.comparison import ModelComparison, TensorDifference, WeightDifference
-from pytorch_quant.analysis.noise import squares, to_db
+from pytorch_quant.analysis.noise import Noise, to_db
 from pytorch_quant.analysis.sites import is_active, kind_of, unwrapped
 from pytorch_quant.batches import Forward, call_model, copied
 from pytorch_quant.nn.mixins import QuantMixin
@@ -30,8 +31,10 @@ def compare_models(
     Meant for a float model `a` and its quantized form `b`. Modules are matched by their qualified
     names, and the calls of one that runs several times by their order; quantizers are passed over.
     Both run once, in eval mode and without gradients, each with its quantizers as they are, and
-    come back as they were. Weights of `b` are taken as its weight quantizers give them. The outputs
-    of all modules of `a` are held in memory meanwhile.
+    come back as they were. Weights of `b` are taken as its quantizers give them: those of layers,
+    recurrent ones with them, and parameters that a quantized call reads; a weight that a layer
+    computes of its parameters, as torch's parametrizations do, is not. The outputs of all modules
+    of `a` are held in memory meanwhile.
 
     Args:
         a: A model.
@@ -68,7 +71,8 @@ def compare_models(
 
     with _as_it_is(a), _watched(a, keep):
         run(a, copied(batch))
-    with _as_it_is(b), _watched(b, compare):
+    readers: dict[int, TensorQuantizer] = {}
+    with _as_it_is(b), _watched(b, compare), _parameters_seen(b, readers):
         run(b, copied(batch))
     kinds = {name: kind_of(module) for name, module in a.named_modules()}
     rows = [
@@ -80,7 +84,7 @@ def compare_models(
             "model with a quantized copy of it"
         )
     ran_a, ran_b = ({key[0] for key in keys} for keys in (held, met))
-    weights, missing, extra = _weights(a, b)
+    weights, missing, extra = _weights(a, b, readers)
     return ModelComparison(
         rows,
         weights,
@@ -127,6 +131,26 @@ def _watched(model: nn.Module, see: Callable[[Key, Tensor], None]) -> Iterator[N
             handle.remove()
 
 
+@contextmanager
+def _parameters_seen(model: nn.Module, readers: dict[int, TensorQuantizer]) -> Iterator[None]:
+    """Note which active quantizer each parameter comes to, by the id of the parameter."""
+
+    def hook(quantizer: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], nn.Parameter):
+            assert isinstance(quantizer, TensorQuantizer)
+            readers.setdefault(id(args[0]), quantizer)
+
+    handles = []
+    try:
+        for quantizer in named_quantizers(model).values():
+            if is_active(quantizer):
+                handles.append(quantizer.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _paths(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors in an output, each with its place."""
     if isinstance(value, Tensor):
@@ -148,17 +172,22 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float, float] | str:
     if a.shape != b.shape:
         return f"shape {tuple(b.shape)}"
     if not a.numel():
-        return 0.0, 0.0, 1.0
+        return math.nan, 0.0, math.nan
     a, b = a.detach(), b.detach().to(a.device)
-    signal, noise = squares(a, b)
-    ratio = 0.0 if noise == 0 else noise / signal if signal else float("inf")
     x, y = a.double().reshape(-1), b.double().reshape(-1)
     same = (x == y) | (x.isnan() & y.isnan())
-    largest = float(torch.where(same, 0.0, (y - x).abs()).max())
-    lengths = float(torch.linalg.vector_norm(x)) * float(torch.linalg.vector_norm(y))
     if bool(same.all()):
         return to_db(0.0), 0.0, 1.0
-    return to_db(ratio), largest, float(x @ y) / lengths if lengths else 0.0
+    noise = Noise()
+    noise.add(x, y)
+    largest = float(torch.where(same, 0.0, (y - x).abs()).max())
+    # As for the SQNR, entries that are not finite in the first tensor do not count.
+    real = torch.isfinite(x)
+    x, y = x[real], y[real]
+    if not noise.values:
+        return noise.db, largest, math.nan
+    lengths = float(torch.linalg.vector_norm(x)) * float(torch.linalg.vector_norm(y))
+    return noise.db, largest, float(x @ y) / lengths if lengths else 0.0
 
 
 def _row(
@@ -170,27 +199,48 @@ def _row(
     return TensorDifference(key[0], kind, key[1], key[2], shape, *found)
 
 
-def _weights(a: nn.Module, b: nn.Module) -> tuple[list[WeightDifference], list[str], list[str]]:
+def _quantized_weights(
+    model: nn.Module, readers: Mapping[int, TensorQuantizer]
+) -> dict[int, tuple[TensorQuantizer, Tensor]]:
+    """The quantizer of each parameter, and what it makes of it, by the id of the parameter."""
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    found = {key: (q, q(parameters[key])) for key, q in readers.items() if key in parameters}
+    for module in model.modules():
+        if not isinstance(module, QuantMixin):
+            continue
+        for index, (quantizer, weight) in enumerate(module.weights_to_quantize()):
+            if not is_active(quantizer):
+                continue
+            sources = [weight]
+            if isinstance(module, nn.RNNBase):
+                sources = module.all_weights[index][:2]
+            elif isinstance(module, nn.RNNCellBase):
+                sources = [module.weight_ih, module.weight_hh]
+            # A recurrent layer quantizes `[W_ih, W_hh]` as one.
+            parts = quantizer(weight).split([source.shape[-1] for source in sources], -1)
+            for source, part in zip(sources, parts, strict=True):
+                found[id(source)] = quantizer, part
+    return found
+
+
+def _weights(
+    a: nn.Module, b: nn.Module, readers: Mapping[int, TensorQuantizer]
+) -> tuple[list[WeightDifference], list[str], list[str]]:
     theirs = dict(b.named_parameters(remove_duplicate=False))
     inside = tuple(
         f"{name}." for name, module in b.named_modules() if isinstance(module, TensorQuantizer)
     )
-    quantizers: dict[int, TensorQuantizer] = {}
-    for module in b.modules():
-        if isinstance(module, QuantMixin):
-            for quantizer, weight in module.weights_to_quantize():
-                if is_active(quantizer):
-                    quantizers[id(weight)] = quantizer
     rows, missing = [], []
     with _as_it_is(b):
+        quantized = _quantized_weights(b, readers)
         for name, before in a.named_parameters():
-            after = theirs.get(name)
-            if after is None:
+            held = theirs.get(name)
+            if held is None:
                 if not name.startswith(inside or ("\0",)):
                     missing.append(name)
                 continue
-            own = quantizers.get(id(after))
-            found = _difference(before, after if own is None else own(after))
+            own, after = quantized.get(id(held), (None, held))
+            found = _difference(before, after)
             if isinstance(found, str):
                 nan = float("nan")
                 rows.append(WeightDifference(name, _format(own), nan, nan, found))

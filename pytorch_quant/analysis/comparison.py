@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pytorch_quant.analysis.plain_data import Result, shown_db
@@ -19,9 +20,10 @@ class TensorDifference:
         output: Which tensor of the output, `""` where that is a tensor, else its path: `[0]`,
             `['logits']`.
         shape: In the first model.
-        sqnr_db: `10 log10(sum(a**2) / sum((b - a)**2))`, dB; NaN where shapes differ.
-        max_difference: The largest `|b - a|`.
-        cosine: `sum(a b) / (||a|| ||b||)`; 1 for two tensors of zeros.
+        sqnr_db: `10 log10(sum(a**2) / sum((b - a)**2))`, dB, over what is finite in `a`; NaN
+            where that is nothing, or shapes differ.
+        max_difference: The largest `|b - a|`; entries that are NaN in both count as equal.
+        cosine: `sum(a b) / (||a|| ||b||)`, over what is finite in `a`; 1 for two tensors of zeros.
         note: Why there is nothing to compare; empty otherwise.
     """
 
@@ -93,7 +95,7 @@ class ModelComparison(Result):
                     "x".join(map(str, row.shape)) or "()",
                     row.note or shown_db(row.sqnr_db),
                     "-" if row.note else f"{row.max_difference:.4g}",
-                    "-" if row.note else f"{row.cosine:.6f}",
+                    "-" if row.note or math.isnan(row.cosine) else f"{row.cosine:.6f}",
                 )
                 for row in self.tensors
             ]

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant.analysis.losses import Loss, loss_of, samples_in, target_of
+from pytorch_quant.analysis.losses import (
+    Loss,
+    check_loss,
+    check_samples,
+    loss_of,
+    samples_in,
+    target_of,
+)
 from pytorch_quant.analysis.sites import Site
 from pytorch_quant.analysis.switches import Switch, Switches
 from pytorch_quant.batches import copied, tensors_in
@@ -44,11 +51,16 @@ class FisherSums:
         self.samples = 0
         self._errors: list[tuple[str, Tensor, Tensor]] = []
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: Any, number: int) -> None:
         """Run one batch forward and backward; no gradient is stored in a parameter.
 
+        Args:
+            batch: The batch.
+            number: Which one it is, from 0, for messages.
+
         Raises:
-            ValueError: labels or a loss are missing, or the loss does not depend on the model.
+            ValueError: labels or a loss are missing, or the loss does not depend on the model, or
+                it is NaN or infinite.
         """
         target = copied(target_of(batch, self.loss, self.who))
         self._errors = []
@@ -56,7 +68,12 @@ class FisherSums:
         with self._tapped(), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             # A clone made here takes part in autograd, also of an inference tensor.
             output = self.switches.run(batch)
+            count = samples_in(target, output)
+            if not count:
+                self._errors = []
+                return
             loss = loss_of(output, target, self.loss, self.who)
+            check_loss(loss, number, self.who)
             points = [point for _, point, _ in self._errors]
             if not points:
                 grads: tuple[Tensor | None, ...] = ()
@@ -67,7 +84,6 @@ class FisherSums:
                 )
             else:
                 grads = torch.autograd.grad(loss, points, allow_unused=True)
-        count = samples_in(target, output)
         self.samples += count
         for (name, _, error), grad in zip(self._errors, grads, strict=True):
             if grad is not None:
@@ -77,8 +93,13 @@ class FisherSums:
         self._errors = []
 
     def means(self) -> dict[str, float]:
-        """The predicted increase of the mean loss, by site."""
-        return {name: total / max(self.samples, 1) for name, total in self.total.items()}
+        """The predicted increase of the mean loss, by site.
+
+        Raises:
+            ValueError: there were no samples.
+        """
+        check_samples(self.samples, self.who)
+        return {name: total / self.samples for name, total in self.total.items()}
 
     @contextmanager
     def _tapped(self) -> Iterator[None]:

@@ -9,9 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytorch_quant.analysis.noise import Noise, add_outputs, checked_batches, in_turn
-from pytorch_quant.analysis.observed import Observed, channel_axis
-from pytorch_quant.analysis.plain_data import Result, shown_db
+from pytorch_quant.analysis.noise import (
+    Noise,
+    add_outputs,
+    check_measured,
+    checked_batches,
+    in_turn,
+)
+from pytorch_quant.analysis.observed import Observed, channel_axis, check_real
+from pytorch_quant.analysis.plain_data import Result, shown_db, with_unit
 from pytorch_quant.analysis.switches import Switch, Switches, switched
 from pytorch_quant.batches import Forward
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
@@ -26,10 +32,12 @@ class QuantizerError:
         name: Its qualified name; of a shared one the first.
         format: The format of its codes, such as `int8`.
         sqnr_db: `10 log10(sum(x**2) / sum((y - x)**2))`, dB; NaN if it saw nothing.
-        clipped: The share of values with `|x| > amax`, or below 0 where codes are unsigned.
-        codes_used: Distinct codes that occurred / codes of the format. Channels count together.
+        clipped: The share of values with `|x| > amax`, or below 0 where codes are unsigned; with
+            a learned clip also of those that it changes.
+        codes_used: Distinct codes that occurred / codes of the format. Channels count together. 0
+            where it only clips.
         dead_channels: Channels all of whose codes are 0 (the zero point of a dynamic quantizer);
-            None where the number of channels varies.
+            None where the number of channels varies, or it saw nothing.
         channels: How many channels there are.
         values: How many values it saw; a weight counts once.
     """
@@ -94,7 +102,7 @@ class LayerErrors(Result):
                 both = shown_db(row.only_db), shown_db(row.without_db)
                 table.append((row.name or "(model)", row.kind, *both, weight))
             lines += ["", *aligned(table, right=3)]
-            lines += ["", f"output with all quantized: {shown_db(self.output_db)} dB"]
+            lines += ["", f"output with all quantized: {with_unit(self.output_db)}"]
         return "\n".join(lines)
 
 
@@ -134,8 +142,11 @@ def layer_errors(
     Raises:
         RuntimeError: uncalibrated quantizers, naming them; a batch on another device; or an
             output whose shape depends on what is quantized.
-        TypeError: `batches` is one tensor or no iterable, or a batch cannot be passed on.
-        ValueError: no quantizers, none enabled, no batches, or no floating-point output.
+        TypeError: `model` is no module, `batches` is one tensor or no iterable, or a batch cannot
+            be passed on.
+        ValueError: no quantizers, none enabled, no batches, no floating-point output, or no finite
+            value in it; or NaN in a tensor of the float model, naming the quantizer and the batch.
+        Exception: whatever the model and the batches raise.
     """
     checked_batches(batches, "layer_errors")
     with switched(model, forward, "layer_errors") as switches:
@@ -144,6 +155,7 @@ def layer_errors(
         measured: set[tuple[str, int]] = set()
 
         def look(switch: Switch, x: Tensor) -> Tensor:
+            check_real(switch, x, seen - 1)
             known = isinstance(x, nn.Parameter)
             if (known or switch.is_weight) and (switch.site, id(x)) not in measured:
                 # One that a layer computes comes anew each time, which changes no ratio.
@@ -162,7 +174,7 @@ def layer_errors(
         for batch, done in in_turn(batches, "layer_errors", progress, runs):
             seen += 1
             switches.tap(look)
-            expected = _plain_outputs(switches, batch, layers)
+            expected = _plain_outputs(switches, batch, layers, seen - 1)
             switches.tap(None)
             done()
             if not layers:
@@ -174,6 +186,8 @@ def layer_errors(
                 rest = [other for other in names if other != name]
                 add_outputs(without[name], expected, switches.outputs(batch, rest), name)
                 done(2)
+        if layers:
+            check_measured(total, "layer_errors")
         rows = [
             LayerError(
                 name,
@@ -192,10 +206,10 @@ def layer_errors(
     )
 
 
-def _plain_outputs(switches: Switches, batch: Any, needed: bool) -> list[Tensor]:
+def _plain_outputs(switches: Switches, batch: Any, needed: bool, number: int) -> list[Tensor]:
     switches.use([])
     if needed:
-        return [tensor.clone() for tensor in switches.outputs(batch, [])]
+        return switches.reference(batch, number)
     switches.run(batch)
     return []
 
@@ -207,7 +221,7 @@ def _rows(switches: Switches, observed: dict[TensorQuantizer, Observed]) -> list
     rows = []
     for quantizer, name in names.items():
         found = observed[quantizer]
-        channels = found.channels
+        channels = found.channels if found.values else None
         rows.append(
             QuantizerError(
                 name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,6 +65,29 @@ def loss_of(output: Any, target: Any, loss: Loss | None, who: str) -> Tensor:
 def samples_in(target: Any, output: Any) -> int:
     """How many samples a batch has: the length of the first tensor of the target or the output."""
     return next((len(tensor) for tensor in tensors_in((target, output)) if tensor.dim()), 1)
+
+
+def check_loss(value: Tensor, number: int, who: str) -> None:
+    """Check the loss of batch `number` of the float model.
+
+    Raises:
+        ValueError: it is NaN or infinite, so that no other loss can be compared with it.
+    """
+    if not bool(torch.isfinite(value.detach())):
+        raise ValueError(
+            f"{who}: in float the loss of batch {number} is {value.item()}; look for bad data or "
+            "labels in the batch"
+        )
+
+
+def check_samples(samples: int, who: str) -> None:
+    """Check that there were samples.
+
+    Raises:
+        ValueError: there were none.
+    """
+    if not samples:
+        raise ValueError(f"{who}: the batches hold no samples")
 
 
 def _shape(value: Any) -> str:

@@ -20,31 +20,34 @@ class Noise:
     Attributes:
         signal: The sum of `x**2`.
         noise: The sum of `(y - x)**2`.
+        values: How many values these are sums of.
     """
 
     def __init__(self) -> None:
         self.signal = 0.0
         self.noise = 0.0
+        self.values = 0
 
     def add(self, expected: Tensor, found: Tensor) -> None:
         """Count `found` in place of `expected`, a tensor of the same shape.
 
         Entries that are not finite in `expected`, such as those of a mask, do not count.
         """
-        signal, noise = squares(expected, found)
+        signal, noise, values = squares(expected, found)
         self.signal += signal
         self.noise += noise
+        self.values += values
 
     @property
     def ratio(self) -> float:
-        """`noise / signal`; 0 without noise."""
+        """`noise / signal`; 0 without noise, NaN without values."""
         if self.noise == 0:
-            return 0.0
+            return 0.0 if self.values else math.nan
         return self.noise / self.signal if self.signal else math.inf
 
     @property
     def db(self) -> float:
-        """The SQNR `10 log10(signal / noise)`, in dB; infinite without noise."""
+        """The SQNR `10 log10(signal / noise)`, dB; infinite without noise, NaN without values."""
         return to_db(self.ratio)
 
 
@@ -57,8 +60,11 @@ def to_db(ratio: float) -> float:
     return -math.inf if ratio == math.inf else -10 * math.log10(ratio)
 
 
-def squares(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """The sums of `expected**2` and `(found - expected)**2`, in float64."""
+def squares(expected: Tensor, found: Tensor) -> tuple[float, float, int]:
+    """The sums of `expected**2` and `(found - expected)**2`, in float64, and of how many values.
+
+    Entries that are not finite in `expected` are left out.
+    """
     with torch.no_grad():
         x, error = expected.detach(), found.detach().double() - expected.detach().double()
         real = torch.isfinite(x)
@@ -67,7 +73,7 @@ def squares(expected: Tensor, found: Tensor) -> tuple[float, float]:
         signal = torch.linalg.vector_norm(x.double().reshape(-1)) ** 2
         noise = torch.linalg.vector_norm(error.reshape(-1)) ** 2
     value = float(noise)
-    return float(signal), math.inf if math.isnan(value) else value
+    return float(signal), math.inf if math.isnan(value) else value, x.numel()
 
 
 def add_outputs(noise: Noise, expected: list[Tensor], found: list[Tensor], site: str) -> None:
@@ -85,6 +91,19 @@ def add_outputs(noise: Noise, expected: list[Tensor], found: list[Tensor], site:
         )
     for one, other in zip(expected, found, strict=True):
         noise.add(one, other)
+
+
+def check_measured(noise: Noise, who: str) -> None:
+    """Check that there was something to measure.
+
+    Raises:
+        ValueError: the outputs had no finite value.
+    """
+    if not noise.values:
+        raise ValueError(
+            f"{who}: in float the model returned no finite value, so that no error can be "
+            "measured; the batches hold no samples, or the output is infinite"
+        )
 
 
 def checked_batches(batches: Any, who: str) -> Any:

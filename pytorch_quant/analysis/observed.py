@@ -48,11 +48,15 @@ class Observed:
             x = x * quantizer._pre_quant_scale.to(x.dtype)
         self.noise.add(x, y)
         self.values += x.numel()
+        x = x.detach()
+        entered = quantizer.clip(x).detach() if quantizer._if_clip else x
+        # The learned bounds of a clip need not lie symmetrically.
+        outside = entered != x
         if not quantizer._if_quant:
+            self.clipped += int(outside.sum())
             return
-        entered = quantizer.clip(x) if quantizer._if_clip else x
-        codes, outside, zero = _codes(quantizer, x.detach(), entered.detach())
-        self.clipped += outside
+        codes, beyond, zero = _codes(quantizer, x, entered)
+        self.clipped += int((outside | beyond).sum())
         index, size = _indices(codes, quantizer.format, quantizer._dynamic)
         if self.used is None:
             self.used = torch.zeros(size, dtype=torch.bool, device=x.device)
@@ -71,11 +75,27 @@ class Observed:
             self.channels = alive if self.channels is None else self.channels | alive
 
 
-def _codes(quantizer: Any, x: Tensor, entered: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The codes in the shape of `x`, how many values lie outside of the range, the code of 0."""
+def check_real(switch: Switch, x: Tensor, batch: int) -> None:
+    """Check that the values of a tensor have codes; infinity has one where the range is fixed.
+
+    Raises:
+        ValueError: they have none, naming the quantizer and the number of the batch.
+    """
+    dynamic = switch.stand_in._dynamic
+    count = int((~x.isfinite() if dynamic else x.isnan()).sum())
+    if count:
+        what = "NaN or Inf" if dynamic else "NaN"
+        raise ValueError(
+            f"batch {batch}: {switch.holder.name}: {what} in {count} of {x.numel()} values that "
+            "reach it in float; look for bad data, or for a layer that overflows float16"
+        )
+
+
+def _codes(quantizer: Any, x: Tensor, entered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes in the shape of `x`, which values lie outside of the range, the code of 0."""
     if quantizer._dynamic:
         codes, _, zero_point = dynamic_quantize(entered)
-        return codes, 0, zero_point
+        return codes, torch.zeros_like(x, dtype=torch.bool), zero_point
     axis, block = quantizer._axis, quantizer._block_size
     rows = entered if block is None else axes.to_groups(entered, axis, block)
     amax = quantizer._effective_amax(rows, axis if block is None else 0)
@@ -89,7 +109,8 @@ def _codes(quantizer: Any, x: Tensor, entered: Tensor) -> tuple[Tensor, int, Ten
         outside |= wide < 0
     if block is not None:
         codes = axes.from_groups(codes, x.shape, axis)
-    return codes, int(outside.sum()), codes.new_zeros(())
+        outside = axes.from_groups(outside, x.shape, axis)
+    return codes, outside, codes.new_zeros(())
 
 
 def _indices(codes: Tensor, fmt: Format, dynamic: bool) -> tuple[Tensor, int]:

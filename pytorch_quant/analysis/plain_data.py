@@ -53,4 +53,11 @@ def shown_db(value: float | None) -> str:
     """A ratio in dB for a table; `-` where nothing was seen, `exact` without any error."""
     if value is None or math.isnan(value):
         return "-"
-    return "exact" if value == math.inf else f"{value:.1f}"
+    # Not -0.0.
+    return "exact" if value == math.inf else f"{round(value, 1) + 0.0:.1f}"
+
+
+def with_unit(value: float) -> str:
+    """A ratio for a sentence: `39.4 dB`, `exact`."""
+    shown = shown_db(value)
+    return f"{shown} dB" if math.isfinite(value) else shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from pytorch_quant.analysis.plain_data import Result, shown_db
@@ -75,33 +76,32 @@ class Sensitivity(Result):
             progress: Show a progress bar while measuring.
 
         Returns:
-            `{name: None}`. Other rules go in front: `{nn.Linear: FP8, **ranking.exclude(2)}`.
+            `{name: None}`. Other rules go in front: `{nn.Linear: FP8, **ranking.exclude(2)}`. A
+            call that is quantized for the layer after it alone becomes float with that layer.
 
         Raises:
             RuntimeError: `max_drop` has to measure, and this ranking was loaded from a file.
             TypeError: neither or both are given, `k` is no whole number, or `max_drop` no number.
-            ValueError: `k` or `max_drop` is out of range.
+            ValueError: `k` or `max_drop` is out of range, or a score is measured that is NaN.
+            Exception: whatever the model and `evaluate` or `loss` raise while measuring.
         """
         if (k is None) == (max_drop is None):
             raise TypeError("exclude takes either a number of layers k or max_drop=")
         if k is not None:
-            if isinstance(k, bool) or not isinstance(k, int):
+            if isinstance(k, bool) or not isinstance(k, Integral):
                 raise TypeError(f"k must be a whole number of layers, got {k!r}")
             if not 0 <= k <= len(self.rows):
                 raise ValueError(f"k={k} is out of range; the ranking has {len(self.rows)} rows")
-            return {row.name: None for row in self.rows[:k]}
-        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)):
+            return {row.name: None for row in self.rows[: int(k)]}
+        if isinstance(max_drop, bool) or not isinstance(max_drop, Real):
             raise TypeError(f"max_drop must be a number, got {max_drop!r}")
         if not max_drop >= 0:
             raise ValueError(f"max_drop={max_drop} is out of range; use 0 or more")
-        for count in range(len(self.rows) + 1):
-            if self._cost(count, progress) <= max_drop:
-                return {row.name: None for row in self.rows[:count]}
-        # A loss or score that is not repeatable can differ with nothing quantized.
-        raise ValueError(
-            f"with every layer left float the drop is still above max_drop={max_drop}: evaluate "
-            "gives other values for the same model; make it repeatable"
-        )
+        # With nothing quantized the cost is 0, whatever it is that measures.
+        count = 0
+        while count < len(self.rows) and not self._cost(count, progress) <= max_drop:
+            count += 1
+        return {row.name: None for row in self.rows[:count]}
 
     def _cost(self, count: int, progress: bool) -> float:
         kept = self.rows[count:]

@@ -6,6 +6,7 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pytorch_quant.analysis.bit_search import BitSearch, choice_names
 from pytorch_quant.analysis.costs import arguments_of, counting_macs
 from pytorch_quant.analysis.fisher import FisherSums
 from pytorch_quant.analysis.losses import Loss
-from pytorch_quant.analysis.noise import Noise, add_outputs
+from pytorch_quant.analysis.noise import Noise, add_outputs, check_measured
 from pytorch_quant.analysis.switches import Switches, switched
 from pytorch_quant.batches import Forward, call_model, copied
 from pytorch_quant.descriptor import QuantDescriptor
@@ -64,6 +65,8 @@ def search_bits(
     A layer that the placement leaves float is not assigned, nor are calls between layers, which
     follow the placement; their error is not in the prediction. Sizes count weights as packed codes
     with a float32 scale for each amax, all else as it is; a runtime may store 4-bit codes in bytes.
+    Layers that share a weight get one choice; a weight that is read elsewhere too, such as by an
+    embedding, stays beside its codes.
     Bit operations are MACs x bits of the weight x bits of the activation (van Baalen et al.,
     "Bayesian Bits", NeurIPS 2020), 32 bits for float, for the first batch.
 
@@ -87,7 +90,7 @@ def search_bits(
         calibration: The method of `calibrate`.
         loss: For `fisher`, as in `sensitivity`.
         forward: `forward(model, batch)` runs one batch and returns the output.
-        points: The most points of the front.
+        points: The most points of the front, at least 1.
         progress: Show progress bars.
 
     Returns:
@@ -95,22 +98,31 @@ def search_bits(
 
     Raises:
         RuntimeError: as for `quantize` and `calibrate`.
-        TypeError: `batches` can be run through only once or is no iterable, `budget` or a choice
-            is of a wrong type.
+        TypeError: `model` is no module, `batches` can be run through only once or is no iterable,
+            `budget`, a choice or `points` is of a wrong type.
         ValueError: the model has quantizers already, no layer to assign, no choice that a layer
             can take, a budget that cannot be met (the error names the least), an unknown name, no
-            batches, or labels or a loss missing for `fisher`.
+            batches or points, NaN or Inf in them or in what the float model makes of them, or
+            labels or a loss missing for `fisher`.
+        Exception: whatever the model, the batches and `loss` raise.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_WHO} takes a module, got {type(model).__name__}")
     schemes = _checked_choices(choices)
     limits = _checked_budget(budget)
     _check_names(method, minimize)
+    if isinstance(points, bool) or not isinstance(points, Integral):
+        raise TypeError(f"points must be a whole number, got {points!r}")
+    if points < 1:
+        raise ValueError(f"points={points} is out of range; use 1 or more")
     repeatable(batches, _WHO)
     if named_quantizers(model):
         raise ValueError(
             f"{_WHO} starts from a float model, and this one has quantizers; pass the model as it "
             "was before quantize()"
         )
-    first = next(iter(batches), None)
+    with torch.random.fork_rng():
+        first = next(iter(batches), None)
     if first is None:
         raise ValueError(f"{_WHO}: no batches to measure on; the loader is empty")
     run = forward or call_model
@@ -127,7 +139,8 @@ def search_bits(
             measured = dict.fromkeys(names, 0.0)
         else:
             chosen = {**(rules or {}), **dict.fromkeys(names, scheme)}
-            with torch.random.fork_rng():
+            # A copy that is made of inference tensors has no gradients.
+            with torch.random.fork_rng(), torch.inference_mode(False):
                 trial = quantize(
                     copy.deepcopy(model),
                     chosen,
@@ -174,8 +187,9 @@ def _checked_budget(budget: Any) -> dict[str, float]:
             near = difflib.get_close_matches(str(key), _BUDGETS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown budget {key!r}; {hint}Valid: {', '.join(_BUDGETS)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"budget {key!r} must be a number, got {value!r}")
+        value = float(value)
         if not (math.isfinite(value) and (value > 0 or (key == "error" and value == 0))):
             raise ValueError(f"budget {key!r} must be above 0, got {value!r}")
     return dict(limits)
@@ -235,18 +249,23 @@ def _measure(
     if not names:
         return {}
     with switched(trial, forward, _WHO) as switches:
+        # A layer that the placement left float with this scheme did not get it.
+        names = [name for name in names if name in switches.sites]
         if method == "fisher":
             sums = FisherSums(switches, names, loss, _WHO)
-            for batch in batches:
-                sums.add(batch)
+            for number, batch in enumerate(batches):
+                sums.add(batch, number)
             return sums.means()
         return _output_noise(switches, batches, names)
 
 
 def _output_noise(switches: Switches, batches: Iterable[Any], names: list[str]) -> dict[str, float]:
     noises = {name: Noise() for name in names}
-    for batch in batches:
-        expected = [tensor.clone() for tensor in switches.outputs(batch, [])]
+    total = Noise()
+    for number, batch in enumerate(batches):
+        expected = switches.reference(batch, number)
+        add_outputs(total, expected, expected, "")
         for name, noise in noises.items():
             add_outputs(noise, expected, switches.outputs(batch, [name]), name)
+    check_measured(total, _WHO)
     return {name: noise.ratio for name, noise in noises.items()}

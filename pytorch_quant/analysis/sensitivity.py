@@ -12,8 +12,21 @@ from torch import nn
 from tqdm import tqdm
 
 from pytorch_quant.analysis.fisher import FisherSums
-from pytorch_quant.analysis.losses import Loss, loss_of, samples_in, target_of
-from pytorch_quant.analysis.noise import Noise, add_outputs, checked_batches, in_turn
+from pytorch_quant.analysis.losses import (
+    Loss,
+    check_loss,
+    check_samples,
+    loss_of,
+    samples_in,
+    target_of,
+)
+from pytorch_quant.analysis.noise import (
+    Noise,
+    add_outputs,
+    check_measured,
+    checked_batches,
+    in_turn,
+)
 from pytorch_quant.analysis.ranking import UNITS, LayerSensitivity, Sensitivity
 from pytorch_quant.analysis.switches import Switches, switched
 from pytorch_quant.batches import Forward, copied
@@ -42,11 +55,15 @@ def sensitivity(
     - `fisher`: predicted increase of the loss; one forward and backward pass for all
     - `evaluate`: drop of the score of `evaluate`; one evaluation for each layer
 
+    A negative SQNR is an error above the signal; a negative increase or drop is a gain, most often
+    by chance.
+
     `fisher` is the mean over samples of `1/2 sum((g * e)**2)`: `g` the gradient of the loss of the
     sample and `e` the quantization error at the output of the layer, or at the operands of a call;
     the diagonal of the empirical Fisher matrix stands for the Hessian, as in Li et al., "BRECQ",
-    ICLR 2021, equation 10. It takes the loss of a batch as the mean over its samples. A weight that
-    a call reads, such as `F.linear(x, w)`, has one gradient for the whole batch, and scores low.
+    ICLR 2021, equation 10. It takes the loss of a batch as the mean over its samples, which are as
+    many as the first tensor of the target, or else of the output, is long. A weight that a call
+    reads, such as `F.linear(x, w)`, has one gradient for the whole batch, and scores low.
 
     The layers are those of `layer_errors`; a disabled quantizer stays off. The model comes back as
     it was, and no gradient is stored in it.
@@ -69,10 +86,12 @@ def sensitivity(
 
     Raises:
         RuntimeError: uncalibrated quantizers, naming them; a batch on another device.
-        TypeError: `batches` is one tensor or no iterable, a batch cannot be passed on, `evaluate`
-            or `loss` cannot be called, or the score is no number.
+        TypeError: `model` is no module, `batches` is one tensor or no iterable, a batch cannot be
+            passed on, `evaluate` or `loss` cannot be called, or the score is no number.
         ValueError: unknown method, `evaluate` without the function, labels or loss missing, no
-            quantizers, none enabled, no batches, or no floating-point output.
+            quantizers, none enabled, no batches, no samples in them, no floating-point output, or
+            the output, the loss or the score of the float model is NaN or infinite.
+        Exception: whatever the model, the batches, `evaluate` and `loss` raise.
     """
     method = _checked_method(method, evaluate, loss)
     if method != "evaluate":
@@ -87,8 +106,9 @@ def sensitivity(
             *scores, total = [noise.db for noise in noises]
         elif method == "fisher":
             sums = FisherSums(switches, names, loss, _WHO)
-            for batch, done in in_turn(batches, _WHO, progress):  # type: ignore[arg-type]
-                sums.add(batch)
+            turns = in_turn(batches, _WHO, progress)  # type: ignore[arg-type]
+            for number, (batch, done) in enumerate(turns):
+                sums.add(batch, number)
                 done()
             means = sums.means()
             scores = [means[name] for name in names]
@@ -133,12 +153,14 @@ def _checked_method(method: Any, evaluate: Any, loss: Any) -> str:
 
 def _noises(switches: Switches, batches: Any, variants: list[Names], progress: bool) -> list[Noise]:
     noises = [Noise() for _ in variants]
-    for batch, done in in_turn(batches, _WHO, progress, len(variants) + 1):
-        expected = [tensor.clone() for tensor in switches.outputs(batch, [])]
+    turns = in_turn(batches, _WHO, progress, len(variants) + 1)
+    for number, (batch, done) in enumerate(turns):
+        expected = switches.reference(batch, number)
         done()
         for noise, names in zip(noises, variants, strict=True):
             add_outputs(noise, expected, switches.outputs(batch, names), ", ".join(names))
             done()
+    check_measured(noises[-1], _WHO)
     return noises
 
 
@@ -147,15 +169,20 @@ def _losses(
 ) -> list[float]:
     """The mean loss over all samples with each set of sites quantizing."""
     sums, samples = [0.0] * len(variants), 0
-    for batch, done in in_turn(batches, _WHO, progress, len(variants)):
+    for number, (batch, done) in enumerate(in_turn(batches, _WHO, progress, len(variants))):
         target = target_of(batch, loss, _WHO)
         for i, names in enumerate(variants):
             switches.use(names)
             output = switches.run(batch)
             count = samples_in(target, output)
-            sums[i] += count * float(loss_of(output, copied(target), loss, _WHO).double())
+            if count:
+                value = loss_of(output, copied(target), loss, _WHO).double()
+                if not names:
+                    check_loss(value, number, _WHO)
+                sums[i] += count * float(value)
             done()
         samples += count
+    check_samples(samples, _WHO)
     return [value / samples for value in sums]
 
 
@@ -174,9 +201,11 @@ def _evaluations(
             raise TypeError(
                 f"evaluate must return one number, higher is better, got {score!r}"
             ) from error
-        if math.isnan(scores[-1]):
+        # Quantized, a score may fall to -inf; a difference needs a finite one in float.
+        if math.isnan(scores[-1]) or (not names and math.isinf(scores[-1])):
             quantized = ", ".join(sorted(names)) or "nothing"
-            raise ValueError(f"evaluate returned NaN with {quantized} quantized")
+            found = "NaN" if math.isnan(scores[-1]) else scores[-1]
+            raise ValueError(f"evaluate returned {found} with {quantized} quantized")
         # It may have called model.train().
         switches.model.eval()
     return scores

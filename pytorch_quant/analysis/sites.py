@@ -70,6 +70,15 @@ def is_active(quantizer: TensorQuantizer) -> bool:
     return not quantizer.disabled and (quantizer._if_quant or quantizer._if_clip)
 
 
+def lacks_range(quantizer: TensorQuantizer) -> bool:
+    """Whether it would quantize, but calibration did not give it a range."""
+    if quantizer.needs_amax:
+        return True
+    amax = None if quantizer.dynamic or not is_active(quantizer) else quantizer.amax
+    # NaN stands for a quantizer that calibration did not reach.
+    return amax is not None and not amax.is_meta and bool(amax.isnan().any())
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """The layers and calls of `model` that hold quantizers, in the order of the model."""
     modules = dict(model.named_modules())

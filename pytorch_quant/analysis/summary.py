@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pytorch_quant.analysis.plain_data import Result
-from pytorch_quant.analysis.sites import find_sites, is_active, kind_of, unwrapped
+from pytorch_quant.analysis.sites import find_sites, is_active, kind_of, lacks_range, unwrapped
 from pytorch_quant.axes import Axis
 from pytorch_quant.nn.mixins import QuantInputMixin
 from pytorch_quant.nn.modes import named_quantizers
@@ -63,7 +63,8 @@ class ModelSummary(Result):
         quantized_layers: Layers and calls with a quantizer that is on.
         float_layers: Convolutions, linear and recurrent layers without one.
         parameters: Elements of all parameters.
-        quantized_weights: Elements of parameters that a weight quantizer sees.
+        quantized_weights: Elements of the weights of layers that a weight quantizer sees; not of
+            parameters that a call reads, which only a pass shows.
     """
 
     rows: list[SummaryRow]
@@ -145,7 +146,9 @@ def summary(model: nn.Module) -> ModelSummary:
         if isinstance(layer, QuantInputMixin) and hasattr(layer, "weights_to_quantize"):
             for quantizer, weight in layer.weights_to_quantize():
                 if is_active(quantizer):
-                    weights[id(weight)] = weight.numel()
+                    # A recurrent layer makes its weight anew each time; its quantizer stays.
+                    key = weight if isinstance(weight, nn.Parameter) else quantizer
+                    weights[id(key)] = weight.numel()
     ordered: list[SummaryRow] = []
     floats = 0
     listed = set()
@@ -168,7 +171,7 @@ def summary(model: nn.Module) -> ModelSummary:
         quantizers=len(first),
         shared=sum(count > 1 for count in places.values()),
         disabled=sum(not is_active(quantizer) for quantizer in first),
-        uncalibrated=[name for name, q in named_quantizers(model).items() if q.needs_amax],
+        uncalibrated=[name for name, q in named_quantizers(model).items() if lacks_range(q)],
         quantized_layers=len(on),
         float_layers=floats,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -210,7 +213,7 @@ def _state(quantizer: TensorQuantizer) -> str:
         return "collects"
     if not is_active(quantizer):
         return "off"
-    if quantizer.needs_amax:
+    if lacks_range(quantizer):
         return "uncalibrated"
     if quantizer.dynamic:
         return "at run time"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant.analysis.sites import Holder, Site, find_sites, is_active, unwrapped
+from pytorch_quant.analysis.sites import Holder, Site, find_sites, is_active, lacks_range, unwrapped
 from pytorch_quant.batches import Forward, call_model, copied, tensors_in
 from pytorch_quant.nn.modes import weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
@@ -103,6 +103,8 @@ class Switches:
             for site in sites
         }
         self._forward = forward or call_model
+        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        self._devices = sorted(index for index in devices if index is not None)
 
     def __iter__(self) -> Iterator[Switch]:
         for switches in self.all.values():
@@ -120,8 +122,32 @@ class Switches:
             switch.set(on=switch.on, tap=tap)
 
     def run(self, batch: Any) -> Any:
-        """What the model returns for a batch, which is left as it is."""
-        return self._forward(self.model, copied(batch))
+        """What the model returns for a batch, which is left as it is.
+
+        Every run of a batch draws the same random numbers, so that only quantization differs.
+        """
+        with torch.random.fork_rng(self._devices):
+            return self._forward(self.model, copied(batch))
+
+    def reference(self, batch: Any, number: int) -> list[Tensor]:
+        """The floating-point tensors of the float model, as copies.
+
+        Args:
+            batch: The batch.
+            number: Which one it is, from 0, for messages.
+
+        Raises:
+            ValueError: there are none, or they hold NaN.
+        """
+        expected = [tensor.clone() for tensor in self.outputs(batch, [])]
+        for tensor in expected:
+            if count := int(tensor.isnan().sum()):
+                raise ValueError(
+                    f"batch {number}: in float the model returns NaN in {count} of "
+                    f"{tensor.numel()} values; look for bad data in the batch, or pass "
+                    "forward=lambda model, batch: ... that returns the part that is real"
+                )
+        return expected
 
     def outputs(self, batch: Any, names: Iterable[str]) -> list[Tensor]:
         """The floating-point tensors that the model returns, with these sites quantizing.
@@ -162,8 +188,11 @@ def switched(model: nn.Module, forward: Forward | None, who: str) -> Iterator[Sw
 
     Raises:
         RuntimeError: quantizers without a range, naming them.
+        TypeError: `model` is no module.
         ValueError: no quantizers, or none that is enabled.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who} takes a module, got {type(model).__name__}")
     inner = unwrapped(model)
     found = find_sites(inner)
     if not found:
@@ -192,11 +221,8 @@ def _check_ranges(sites: list[Site], who: str) -> None:
     missing: dict[TensorQuantizer, str] = {}
     for site in sites:
         for holder in site.holders:
-            q = holder.quantizer
-            amax = None if q._dynamic else q.amax
-            # NaN stands for a quantizer that calibration did not reach.
-            if q.needs_amax or (is_active(q) and amax is not None and bool(amax.isnan().any())):
-                missing.setdefault(q, holder.name)
+            if lacks_range(holder.quantizer):
+                missing.setdefault(holder.quantizer, holder.name)
     if missing:
         raise RuntimeError(
             f"{who} on {len(missing)} uncalibrated quantizer(s): {', '.join(missing.values())}. "

@@ -79,3 +79,24 @@ def test_no_point_of_the_front_is_beaten():
         assert error == pytest.approx(enumerated(options, "error", {"size": size}))
         assert size == enumerated(options, "size", {"error": error * (1 + 1e-12)})
     assert sums[0][1] == 0 and sums[-1][0] == sum(layer[0]["size"] for layer in options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_ruinous_option_does_not_blur_the_rest(seed):
+    options = drawn(seed, scale=1e-6)
+    options[0][0]["error"], options[1][0]["error"] = 1e9, 1e12
+    least = sum(min(o["size"] for o in layer) for layer in options)
+    for factor in (1.0, 1.5, 3):
+        chosen = allocate(options, "error", {"size": factor * least})
+        best = enumerated(options, "error", {"size": factor * least})
+        assert total(options, chosen, "error") == pytest.approx(best, rel=1e-9, abs=0)
+
+
+def test_of_equal_options_the_smallest_is_taken():
+    same = [{"error": 0.0, "size": 8.0, "bops": 1.0}, {"error": 0.0, "size": 4.0, "bops": 2.0}]
+    other = [{"error": 1.0, "size": 2.0, "bops": 1.0}, {"error": 0.0, "size": 9.0, "bops": 1.0}]
+    options = [same, other]
+    assert allocate(options, "error", {"size": 1000.0}) == [1, 1]
+    assert allocate(options, "error", {"bops": 1000.0}) == [0, 1]
+    assert front(options, "size", "error", 3) == [[1, 1], [1, 0]]
+    assert front(options, "bops", "error", 3) == [[0, 1]]

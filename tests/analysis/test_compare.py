@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -164,3 +165,64 @@ def test_wrong_use_is_refused():
     with pytest.raises(KeyError, match="mine"):
         compare_models(model, model, x)
     assert_same_state(before, state_of(model))
+
+
+def test_weights_of_recurrent_layers_and_of_calls():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(16, 24, 2, bidirectional=True)
+            self.cell = nn.GRUCell(48, 32)
+            self.w = nn.Parameter(torch.randn(64, 32))
+
+        def forward(self, x):
+            return nn.functional.linear(self.cell(self.lstm(x)[0][-1]), self.w)
+
+    model, x = Model().eval(), torch.randn(5, 3, 16)
+    quantized = quantize(copy.deepcopy(model), {"": "INT8"}, example_inputs=x)
+    calibrate(quantized, [x], progress=False)
+    before = state_of(quantized)
+    rows = {row.name: row for row in compare_models(model, quantized, x).weights}
+    assert_same_state(before, state_of(quantized))
+    weights = {n: p for n, p in model.named_parameters() if "bias" not in n}
+    assert rows.keys() == weights.keys() and len(rows) == 8 + 2 + 1
+
+    def expected(*parts):
+        # One amax for each row of [W_ih, W_hh].
+        whole = np.concatenate(parts, 1)
+        return fake_quant(whole, np.abs(whole).max(1, keepdims=True))
+
+    arrays = {name: weight.detach().numpy() for name, weight in weights.items()}
+    pairs = [(f"lstm.weight_{{}}_l{i}{d}") for i in (0, 1) for d in ("", "_reverse")]
+    for pattern in (*pairs, "cell.weight_{}"):
+        names = [pattern.format(kind) for kind in ("ih", "hh")]
+        after = expected(*(arrays[name] for name in names))
+        width = arrays[names[0]].shape[1]
+        for name, part in zip(names, (after[:, :width], after[:, width:]), strict=True):
+            error = part - arrays[name]
+            wanted = 10 * np.log10((arrays[name] ** 2).sum() / (error**2).sum())
+            assert rows[name].format == "int8"
+            assert rows[name].sqnr_db == pytest.approx(wanted, abs=1e-3)
+            assert rows[name].max_difference == pytest.approx(np.abs(error).max(), rel=1e-4)
+    error = expected(arrays["w"]) - arrays["w"]
+    assert rows["w"].max_difference == pytest.approx(np.abs(error).max(), rel=1e-4)
+
+
+def test_what_is_not_finite_in_the_first_model_does_not_count():
+    class Masked(nn.Module):
+        def __init__(self, factor, mask=-math.inf):
+            super().__init__()
+            self.factor, self.mask = factor, mask
+
+        def forward(self, x):
+            return (x * self.factor).masked_fill(torch.eye(4).bool(), self.mask)
+
+    x = torch.randn(4, 4)
+    row = compare_models(Masked(1.0), Masked(0.9), x).tensors[0]
+    assert row.sqnr_db == pytest.approx(20, abs=1e-4) and row.cosine == pytest.approx(1)
+    # Nothing that could be compared is not the same as no difference.
+    row = compare_models(Masked(math.nan), Masked(1.0), x).tensors[0]
+    assert math.isnan(row.sqnr_db) and math.isnan(row.cosine)
+    found = compare_models(nn.ReLU(), nn.ReLU(), x[:0])
+    assert math.isnan(found.tensors[0].sqnr_db) and found.first_divergence is None
+    assert str(found).splitlines()[1].split()[-3:] == ["-", "0", "-"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from pytorch_quant import QuantDescriptor, TensorQuantizer, cached_weights, calibrate, quantize
 from pytorch_quant.analysis import layer_errors
+from pytorch_quant.analysis.plain_data import shown_db
 from pytorch_quant.nn import QuantLinear
 from pytorch_quant.nn.modes import named_quantizers
 
@@ -230,6 +231,8 @@ def test_wrong_use_is_refused():
         layer_errors(model, [], progress=False)
     with pytest.raises(TypeError, match="one tensor of shape"):
         layer_errors(model, batches[0])
+    with pytest.raises(TypeError, match="layer_errors takes a module, got str"):
+        layer_errors("model.pt", batches)
     with pytest.raises(ValueError, match="no floating-point tensor"):
         layer_errors(model, batches, forward=lambda m, b: m(b).argmax(1), progress=False)
     fresh = quantize(
@@ -249,3 +252,95 @@ def test_progress_counts_runs(capsys):
     assert "18/18" in capsys.readouterr().err
     layer_errors(model, batches, progress=False)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_nan_names_the_quantizer_and_the_batch(dynamic):
+    model, batches = two_layers()
+    if dynamic:
+        model[0]._input_quantizer = TensorQuantizer(QuantDescriptor(8, dynamic=True))
+    batches[1][2, 3] = math.nan
+    before = state_of(model)
+    told = r"batch 1: 0\._input_quantizer: NaN .*in 1 of 30 values"
+    with pytest.raises(ValueError, match=told):
+        layer_errors(model, batches, progress=False)
+    assert_same_state(before, state_of(model))
+    model[0]._input_quantizer.disable()
+    with pytest.raises(ValueError, match=r"batch 1: 2\._input_quantizer: NaN"):
+        layer_errors(model, batches, layers=False, progress=False)
+    model[2]._input_quantizer.disable()
+    with pytest.raises(ValueError, match="batch 1: in float the model returns NaN in 3 of 18"):
+        layer_errors(model, batches, progress=False)
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"2\._weight_quantizer: NaN in 1 of 21 values"):
+        layer_errors(model, batches[:1], progress=False)
+
+
+def test_infinity_is_clipped_and_a_mask_in_the_output_does_not_count():
+    model = nn.Sequential(TensorQuantizer(QuantDescriptor(8, amax=1.0)))
+    x = torch.tensor([[0.5, -0.25, -math.inf, 0.8]])
+    report = layer_errors(model, [x], progress=False)
+    assert report.quantizers[0].clipped == 0.25
+    real = np.array([0.5, -0.25, 0.8], np.float32)
+    assert report.output_db == pytest.approx(sqnr(real, fake_quant(real, 1.0)), abs=1e-3)
+    with pytest.raises(ValueError, match="returned no finite value"):
+        layer_errors(model, [x[:, 2:3]], progress=False)
+
+
+def test_batches_without_samples():
+    model, batches = two_layers()
+    empty = batches[0][:0]
+    with pytest.raises(ValueError, match=r"no finite value.*no samples"):
+        layer_errors(model, [empty], progress=False)
+    assert (
+        layer_errors(model, [empty, *batches], progress=False).layers
+        == layer_errors(model, batches, progress=False).layers
+    )
+    row = layer_errors(model, [empty], layers=False, progress=False).quantizers[0]
+    assert row.values == 0 and row.channels is None and row.dead_channels is None
+
+
+def test_a_clip_that_is_learned_counts_what_it_changes():
+    x = torch.linspace(-2, 2, 401)[:, None]
+    both = TensorQuantizer(QuantDescriptor(8, learn_amax=True, amax=1.0))
+    both.clip.clip_value_min.data.fill_(-0.5)
+    alone = TensorQuantizer(QuantDescriptor(8, learn_amax=True, amax=1.0), if_quant=False)
+    rows = layer_errors(nn.Sequential(both), [x], progress=False).quantizers
+    changed = (x < -0.5) | (x > 1)
+    assert rows[0].clipped == pytest.approx(float(changed.float().mean()))
+    rows = layer_errors(nn.Sequential(alone), [x], progress=False).quantizers
+    assert rows[0].clipped == pytest.approx(float((x.abs() > 1).float().mean()))
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = QuantLinear(32, 16)
+
+    def forward(self, x):
+        return self.layer(nn.functional.dropout(x, 0.5, training=True))
+
+
+def test_what_a_model_draws_is_no_error_of_quantization():
+    model, x = Draws(), torch.randn(64, 32)
+    calibrate(model, [x, 2 * x], progress=False)
+    seen = []
+
+    def forward(model, batch):
+        seen.append(float(batch[0, 0]))
+        return model(batch)
+
+    fresh = (torch.randn(64, 32) for _ in range(2))
+    report = layer_errors(model, fresh, forward=forward, progress=False)
+    # One layer of int8: 6 dB for each bit.
+    assert report.output_db > 30 and report.layers[0].only_db == report.output_db
+    # Batches that are drawn meanwhile still differ.
+    assert len(set(seen)) == 2
+
+
+def test_sentences_for_ratios_without_error():
+    model = nn.Sequential(TensorQuantizer(QuantDescriptor(8, amax=127.0)))
+    report = layer_errors(model, [torch.arange(5.0)[:, None]], progress=False)
+    assert str(report).endswith("output with all quantized: exact")
+    assert shown_db(-0.04) == "0.0" and shown_db(-0.06) == "-0.1"

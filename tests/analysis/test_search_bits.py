@@ -3,6 +3,7 @@ import itertools
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from analysis_models import (
@@ -16,8 +17,18 @@ from analysis_models import (
 from reference import fake_quant
 from torch import nn
 
-from pytorch_quant import FP8, INT4_WEIGHT_ONLY, INT8, INT8_DYNAMIC, calibrate, quantize
+from pytorch_quant import (
+    FP8,
+    INT4_WEIGHT_ONLY,
+    INT8,
+    INT8_DYNAMIC,
+    calibrate,
+    export_onnx,
+    quantize,
+)
 from pytorch_quant.analysis import INT4, search_bits
+from pytorch_quant.analysis.bit_problem import BitProblem
+from pytorch_quant.placement.layers import find_layers
 
 
 def search(model, batches, budget, choices=(INT4, INT8, None), **options):
@@ -212,6 +223,13 @@ def test_wrong_use_is_refused():
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="must be above 0"):
             search(model, batches, value)
+    assert search(model, batches, np.float32(0.5)).chosen == search(model, batches, 0.5).chosen
+    with pytest.raises(TypeError, match="search_bits takes a module, got str"):
+        search("model.pt", batches, 0.5)
+    with pytest.raises(ValueError, match="points=0 is out of range"):
+        search(model, batches, 0.5, points=0)
+    with pytest.raises(TypeError, match=r"points must be a whole number, got 2\.5"):
+        search(model, batches, 0.5, points=2.5)
     with pytest.raises(ValueError, match="budget is empty"):
         search(model, batches, {})
     with pytest.raises(ValueError, match="unknown choice 'int9'; did you mean 'INT"):
@@ -228,3 +246,62 @@ def test_wrong_use_is_refused():
     calibrate(quantized, batches, progress=False)
     with pytest.raises(ValueError, match="starts from a float model"):
         search(quantized, batches, 0.5)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(128, 64)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+        self.head = nn.Linear(64, 128, bias=False)
+        self.second.weight = self.first.weight
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(self.second(torch.relu(self.first(self.words(ids)))))
+
+
+def test_sizes_of_shared_weights_are_those_of_the_file(tmp_path):
+    model, batches = Tied().eval(), [torch.randint(0, 128, (4, 8))]
+    found = search(model, batches, 1.0, (INT8, None), placement="none")
+    assert found.chosen.size == sum(p.numel() * 4 for p in model.parameters())
+    assert found.chosen.size_ratio == 1 and found.chosen.error == 0
+    for point in found.front:
+        # The embedding stays, so that codes of the head would come on top.
+        assert point.choices["head"] == "float"
+        assert point.choices["first"] == point.choices["second"]
+        rules = {"": INT8} | {n: None for n, c in point.choices.items() if c == "float"}
+        if "INT8" not in point.choices.values():
+            continue
+        made = quantize(copy.deepcopy(model), rules, example_inputs=batches[0], placement="none")
+        calibrate(made, batches, progress=False)
+        export_onnx(made, batches[0], tmp_path / "model.onnx")
+        arrays = map(
+            onnx.numpy_helper.to_array, onnx.load(tmp_path / "model.onnx").graph.initializer
+        )
+        codes = [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
+        # Stored once for both layers.
+        assert [array.size for array in codes] == [64 * 64]
+        assert point.size == 4 * (128 * 64 + 64) + 64 * 64 + 4 * 64
+    faster = search(model, batches, {"bops": 0.1}, (INT8, None), placement="none").chosen
+    assert faster.choices["head"] == "INT8"
+    weights = 64 * 64 + 4 * 64 + 64 * 128 + 4 * 128
+    assert faster.size == 4 * (128 * 64 + 64) + weights
+    layers = find_layers(dict(model.named_modules()))
+    layers = {name: layers[name] for name in ("first", "second")}
+    errors = {"first": {0: 0.1}, "second": {1: 0.1}}
+    problem = BitProblem(model, layers, dict.fromkeys(layers, 1), errors, [INT8, FP8])
+    with pytest.raises(ValueError, match="first, second share a weight, and no choice fits"):
+        problem.solve({"size": 1.0}, "sqnr", "size", 3, {})
+
+
+def test_loaders_that_draw_and_inference_mode():
+    model, batches = mlp()
+    data = torch.utils.data.TensorDataset(torch.cat(batches), torch.randint(0, 32, (64,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+    before = torch.random.get_rng_state()
+    found = search(model, loader, 0.3, method="fisher")
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.inference_mode():
+        again = search(model, loader, 0.3, method="fisher")
+    assert again.chosen == found.chosen

@@ -331,6 +331,10 @@ def test_wrong_use_is_refused():
     for method in ("sqnr", "loss", "fisher"):
         with pytest.raises(ValueError, match="no batches"):
             rank(model, [], method)
+    with pytest.raises(ValueError, match="evaluate returned inf with nothing quantized"):
+        rank(model, None, None, evaluate=lambda m: math.inf)
+    with pytest.raises(TypeError, match="sensitivity takes a module, got NoneType"):
+        rank(None, batches, "sqnr")
     ranking = rank(model, batches, "sqnr")
     for arguments in ({}, {"k": 1, "max_drop": 0.1}):
         with pytest.raises(TypeError, match="either"):

@@ -87,3 +87,20 @@ def test_one_layer_recurrent_layers_and_wrong_use():
         summary("model")
     with pytest.raises(ValueError, match="is a TensorQuantizer"):
         summary(TensorQuantizer())
+
+
+def test_a_range_of_nan_is_none():
+    model, training, _ = trained()
+    quantized = calibrated(model, [training[0]])
+    quantized.expand._input_quantizer.amax.fill_(float("nan"))
+    found = summary(quantized)
+    rows = {(row.layer, row.operand): row for row in found.rows}
+    assert rows["expand", "input"].state == "uncalibrated"
+    assert found.uncalibrated == ["expand._input_quantizer"]
+
+
+def test_weights_of_recurrent_layers_count():
+    model = nn.ModuleList(nn.LSTM(8, 16, 2) for _ in range(6))
+    quantized = quantize(model, {nn.LSTM: "INT8"}, placement="none")
+    # The weight that a recurrent quantizer sees is made anew, where the last one was in memory.
+    assert summary(quantized).quantized_weights == 6 * (64 * (8 + 16) + 64 * (16 + 16))
