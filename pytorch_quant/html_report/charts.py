@@ -12,8 +12,8 @@ FULL_BAR_DB = 60.0
 FAIR_DB, GOOD_DB = 20.0, 30.0
 
 _LABELS = [IN_USE, *(label for label, _, _ in METHODS)]
-_DASHES = ["", "", "5 2", "2 2", "7 2 2 2", "1 2"]
-_WIDTH, _TOP, _BASE, _HEIGHT = 320, 80, 168, 184
+_DASHES = ["", "", "5 2", "2 2", "7 2 2 2", "4 4", "1 2", "9 3", "3 1"]
+_WIDTH, _PLOT, _FOOT = 320, 88, 16
 _LEFT, _RIGHT = 8, 312
 _ROW = 12.0
 
@@ -54,23 +54,26 @@ def _x(panel: Panel, value: float) -> float:
 
 
 def _drawing(panel: Panel) -> Html:
+    marked = 1 + max((_LABELS.index(line.label) for line in panel.lines), default=0)
+    plot_top = 8 + _ROW * marked
+    base = plot_top + _PLOT
+    height = base + _FOOT
     top = math.log10(1 + max(panel.counts))
     step = (_RIGHT - _LEFT) / COLUMNS
-    path = f"M{_LEFT} {_BASE}"
+    path = f"M{_LEFT} {base:.0f}"
     for i, count in enumerate(panel.counts):
-        height = math.log10(1 + count) / top if top else 0.0
-        y = _BASE - (_BASE - _TOP) * height
+        y = base - (_PLOT * math.log10(1 + count) / top if top else 0.0)
         path += f"V{y:.0f}H{_LEFT + step * (i + 1):.1f}"
-    shapes = [tag("path", d=f"{path}V{_BASE}Z", class_="count")]
-    marks = [_clip_mark(panel, line) for line in reversed(panel.lines)]
+    shapes = [tag("path", d=f"{path}V{base:.0f}Z", class_="count")]
+    marks = [_clip_mark(panel, line, base) for line in reversed(panel.lines)]
     # No line hides the mark of another.
     shapes += [stroke for stroke, _ in marks] + [disc for _, disc in marks]
-    axis = tag("path", d=f"M{_LEFT} {_BASE}H{_RIGHT}", class_="axis")
+    axis = tag("path", d=f"M{_LEFT} {base:.0f}H{_RIGHT}", class_="axis")
     unit = "|x| / largest of its channel" if panel.relative else "|x|"
     ticks = [
-        tag("text", "0", x=_LEFT, y=_HEIGHT - 4),
-        tag("text", unit, x=_WIDTH // 2, y=_HEIGHT - 4, text_anchor="middle"),
-        tag("text", f"{panel.limit:.3g}", x=_RIGHT, y=_HEIGHT - 4, text_anchor="end"),
+        tag("text", "0", x=_LEFT, y=f"{height - 4:.0f}"),
+        tag("text", unit, x=_WIDTH // 2, y=f"{height - 4:.0f}", text_anchor="middle"),
+        tag("text", f"{panel.limit:.3g}", x=_RIGHT, y=f"{height - 4:.0f}", text_anchor="end"),
     ]
     lines = "; ".join(f"{line.label} {line.amax:.4g}" for line in panel.lines)
     return tag(
@@ -78,19 +81,19 @@ def _drawing(panel: Panel) -> Html:
         *shapes,
         axis,
         *ticks,
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        viewBox=f"0 0 {_WIDTH} {height:.0f}",
         role="img",
         aria_label=f"Histogram of {panel.name}, logarithmic counts; ranges: {lines or 'none'}",
     )
 
 
-def _clip_mark(panel: Panel, line: ClipLine) -> tuple[Html, Html]:
+def _clip_mark(panel: Panel, line: ClipLine, base: float) -> tuple[Html, Html]:
     """A line and the mark at its top, in a row of its own: those of equal ranges do not overlap."""
     number = _LABELS.index(line.label)
     x, y = _x(panel, line.amax), 7 + _ROW * number
     stroke = tag(
         "path",
-        d=f"M{x:.1f} {y:.0f}V{_BASE}",
+        d=f"M{x:.1f} {y:.0f}V{base:.0f}",
         class_=f"clip c{number}",
         stroke="currentColor",
         stroke_dasharray=_DASHES[number] or None,
@@ -115,8 +118,8 @@ def _legend(panel: Panel) -> Html:
         number = _LABELS.index(line.label)
         span = f"{line.amax:.4g}"
         if panel.relative:
-            shown, least, most = (f"{v:.2f}" for v in (line.amax, line.least, line.most))
-            span = shown if least == most else f"{shown} ({least} to {most})"
+            least, most = f"{line.least:.2f}", f"{line.most:.2f}"
+            span = f"{line.amax:.3f}" + ("" if least == most else f" ({least}-{most})")
         rows.append(
             tag(
                 "li",

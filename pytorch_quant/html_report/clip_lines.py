@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pytorch_quant.calib.histogram import Histogram
-from pytorch_quant.calib.methods import search_amax
+from pytorch_quant.calib.methods import MAXIMA_METHODS, WEIGHT_METHODS, search_amax
 from pytorch_quant.html_report.seen_values import SeenValues
 
 METHODS: list[tuple[str, str, dict[str, Any]]] = [
@@ -19,9 +19,12 @@ METHODS: list[tuple[str, str, dict[str, Any]]] = [
     ("percentile 99.99", "percentile", {"percentile": 99.99}),
     ("percentile 99.9", "percentile", {"percentile": 99.9}),
     ("mse", "mse", {}),
+    ("lp 2.4", "lp", {"p": 2.4}),
     ("entropy", "entropy", {}),
+    ("mean_max", "mean_max", {}),
+    ("moving_max", "moving_max", {}),
 ]
-"""What is drawn: label, method, options."""
+"""What is drawn: label, method, options. `best` is one of them."""
 
 IN_USE = "in use"
 COLUMNS = 80
@@ -87,12 +90,14 @@ def clip_panels(seen: list[SeenValues], progress: bool) -> list[Panel]:
     formats = [s.quantizer.format for s in ranged]
     found: dict[str, list[tuple[str, Tensor]]] = {s.name: [] for s in seen}
     for label, method, options in tqdm(METHODS, "report: ranges", disable=not progress):
-        if method == "max":
-            answers = [histogram.maximum for histogram in histograms]
+        if method in MAXIMA_METHODS:
+            answers = [s.maxima.amax(method) for s in ranged if s.maxima is not None]
         else:
             answers = search_amax(histograms, formats, method, **options)
         for values, amax in zip(ranged, answers, strict=True):
-            found[values.name].append((label, amax.cpu()))
+            # A weight has one batch, whose means are its largest.
+            if method in WEIGHT_METHODS or not values.is_weight:
+                found[values.name].append((label, amax.cpu()))
     return [_panel(values, found[values.name]) for values in seen]
 
 

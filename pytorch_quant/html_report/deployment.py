@@ -100,7 +100,7 @@ def prediction(found: Gathered) -> Html:
             row.op,
             tag(
                 "span",
-                "int8" if row.int8 else "float",
+                row.runs_in,
                 class_=f"mark {'good' if row.int8 else 'bad'}",
             ),
             Cell("-" if not row.macs else f"{row.macs / 1e6:.2f}", row.macs, number=True),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pytorch_quant.analysis import LayerErrors, ModelSummary, Sensitivity
 from pytorch_quant.analysis.ranking import LayerSensitivity
+from pytorch_quant.export import Prediction
 from pytorch_quant.html_report.clip_lines import Panel
 from pytorch_quant.html_report.exported import Exported
 from pytorch_quant.html_report.scores import WeightSizes
@@ -27,6 +28,7 @@ class Gathered:
         exported: What its file shows.
         sizes: Of the parameters.
         accuracy: Scores by name, the float one first; empty if there are none.
+        ruled: The rules of `quantize` are known.
     """
 
     model: str
@@ -39,6 +41,12 @@ class Gathered:
     exported: Exported
     sizes: WeightSizes
     accuracy: dict[str, float] = field(default_factory=dict)
+    ruled: bool = False
+
+
+def kinds_of(prediction: Prediction) -> str:
+    """`int8`, `fp8`, or both: what the operators that are not float run in."""
+    return " or ".join(sorted({row.runs_in for row in prediction.rows if row.int8})) or "int8"
 
 
 def ranking_of(errors: LayerErrors, holders: dict[str, tuple[str, ...]]) -> Sensitivity:

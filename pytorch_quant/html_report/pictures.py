@@ -15,8 +15,11 @@ from pytorch_quant.html_report.gathered import Gathered
 from pytorch_quant.optional import require
 
 _GRADES = {"good": "#1a7f4b", "fair": "#d08700", "bad": "#c0272d"}
-_COLORS = ("#1b1f24", "#c0272d", "#6f35a5", "#a15c00", "#0b62c4", "#1a7f37")
-_STYLES = ("-", "-", "--", ":", "-.", (0, (1, 2)))
+_COLORS = (
+    *("#1b1f24", "#c0272d", "#6f35a5", "#a15c00", "#0b62c4"),
+    *("#0b6e75", "#1a7f37", "#b0257a", "#6b4f2a"),
+)
+_STYLES = ("-", "-", "--", ":", "-.", (0, (4, 4)), (0, (1, 2)), (0, (9, 3)), (0, (3, 1)))
 _LABELS = [IN_USE, *(label for label, _, _ in METHODS)]
 _ACROSS, _DOWN = 3, 4
 _LAYERS = 40
@@ -45,7 +48,7 @@ def write_pictures(found: Gathered, folder: Path, progress: bool) -> tuple[Path,
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or is a file.
     """
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +81,13 @@ def _layers(plt: Any, rows: Any) -> Any:
     figure, panel = plt.subplots(figsize=(9, 1.6 + 0.28 * len(rows)), layout="constrained")
     values = [min(max(np.nan_to_num(row.only_db, posinf=FULL_BAR_DB), 0.0), 1e3) for row in rows]
     colors = [_GRADES[grade(row.only_db)] for row in rows]
-    bars = panel.barh([row.name or "(model)" for row in rows], values, color=colors)
+    bars = panel.barh(range(len(rows)), values, color=colors)
+    names = [row.name or "(model)" for row in rows]
+    panel.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
     labels = ["exact" if row.only_db == np.inf else f"{row.only_db:.1f}" for row in rows]
     panel.bar_label(bars, labels=labels, padding=3, fontsize=8)
     panel.invert_yaxis()
     panel.margins(x=0.1, y=0.01)
-    panel.tick_params(axis="y", labelsize=8)
     panel.set_xlabel("SQNR of the output with only this layer quantized, dB")
     panel.spines[["top", "right"]].set_visible(False)
     return figure
@@ -99,7 +103,8 @@ def _histograms(plt: Any, panels: list[Panel]) -> Any:
         place.stairs(panel.counts, edges, fill=True, color="#b4bcc6")
         place.set_yscale("symlog", linthresh=1)
         place.set_xlim(0, panel.limit)
-        place.set_title(panel.name, fontsize=8, wrap=True)
+        # A dollar sign in a name begins no formula.
+        place.set_title(panel.name, fontsize=8, wrap=True, parse_math=False)
         for line in panel.lines:
             i = _LABELS.index(line.label)
             place.axvline(

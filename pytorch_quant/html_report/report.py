@@ -24,7 +24,7 @@ from pytorch_quant.export.lint import Finding, check_target
 from pytorch_quant.files import written_aside
 from pytorch_quant.html_report.clip_lines import Panel, clip_panels
 from pytorch_quant.html_report.exported import export_arguments, look_at_export
-from pytorch_quant.html_report.gathered import Gathered, ranking_of
+from pytorch_quant.html_report.gathered import Gathered, kinds_of, ranking_of
 from pytorch_quant.html_report.page import page
 from pytorch_quant.html_report.pictures import pyplot, write_pictures
 from pytorch_quant.html_report.scores import (
@@ -34,6 +34,7 @@ from pytorch_quant.html_report.scores import (
     weight_sizes,
 )
 from pytorch_quant.html_report.seen_values import seen_values
+from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.quantization import placement_plan
 
 
@@ -69,7 +70,8 @@ class ReportFile(os.PathLike[str]):
         parts += [f"{name} {score:.4g}" for name, score in self.accuracy.items()]
         if self.prediction is not None:
             count = len(self.prediction.rows) - len(self.prediction.float_rows)
-            parts.append(f"{count} of {len(self.prediction.rows)} operators in int8")
+            kinds = kinds_of(self.prediction)
+            parts.append(f"{count} of {len(self.prediction.rows)} operators in {kinds}")
             parts.append(f"{len(self.findings)} lint findings")
         if self.export_error:
             parts.append(self.export_error.splitlines()[0])
@@ -110,7 +112,7 @@ def report(
         path: The file to write.
         float_model: The model before `quantize`. With it the placement has its reasons, and
             `evaluate` runs on it instead of on the model with its quantizers off.
-        rules: Those that `quantize` had, for the reasons.
+        rules: Those that `quantize` had, for the reasons and in front of the rules to paste.
         accuracy: Scores that you have, the float one first: `{"float": 76.1, "int8": 75.9}`.
         evaluate: `evaluate(model)` gives a score, higher is better, and is run twice.
         example_inputs: As for `quantize`; by default the first batch. The file is exported with
@@ -127,26 +129,35 @@ def report(
     Raises:
         CalibrationError: NaN or Inf at a quantizer, naming it.
         ImportError: `pictures` without matplotlib.
-        OSError: `path` or the folder of pictures cannot be written to.
+        OSError: `path` or the folder of pictures cannot be written to, or is no file or folder.
         RuntimeError: uncalibrated quantizers, naming them; or a batch on another device.
-        TypeError: `batches` is one tensor or no iterable, a batch or example inputs of a wrong
-            type, or a score that is no number.
-        ValueError: no quantizers, none enabled, no batches, an unknown target, both `accuracy` and
-            `evaluate`, no floating-point output, rules that do not hold; or `forward` does not
-            call the model and there are no example inputs.
+        TypeError: a model is no module, `batches` is one tensor or no iterable, a batch or example
+            inputs of a wrong type, a ranking that is none, or a score that is no number.
+        ValueError: no quantizers, none enabled, quantizers in `float_model`, no batches, an unknown
+            target, both `accuracy` and `evaluate`, no floating-point output, rules that do not
+            hold; or `forward` does not call the model and there are no example inputs.
     """
     check_target(target)
     scores = checked_accuracy(accuracy, evaluate)
+    _check_models(model, float_model)
+    if ranking is not None and not isinstance(ranking, Sensitivity):
+        raise TypeError(f"ranking is what sensitivity() returned, got {type(ranking).__name__}")
     checked_batches(batches, "report")
+    file = Path(path)
+    folder = file.with_name(f"{file.stem}_pictures")
     if pictures:
         pyplot()
+        folder = folder if pictures is True else Path(pictures)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; pictures= takes a folder")
     if isinstance(batches, Iterator):
         batches = list(batches)
-    file = Path(path)
     with written_aside(file) as aside:
         inner = unwrapped(model)
         # First, as it names the quantizer that NaN reaches.
         inputs, panels = _histograms(inner, batches, example_inputs, forward, progress)
+        # Before the long passes: its rules and its model may not fit.
+        plan = None if float_model is None else placement_plan(float_model, inputs, rules, target)
         errors = layer_errors(inner, batches, forward=forward, progress=progress)
         with switched(inner, forward, "report") as switches:
             holders = {
@@ -162,25 +173,34 @@ def report(
             ranking=ranking_of(errors, holders) if ranking is None else ranking,
             panels=panels,
             table=summary(inner),
-            plan=None
-            if float_model is None
-            else placement_plan(float_model, inputs, rules, target),
+            plan=plan,
             exported=look_at_export(
                 inner, export_arguments(inputs), target, latency=latency, progress=progress
             ),
             sizes=weight_sizes(inner),
             accuracy=scores,
+            ruled=rules is not None,
         )
         drawn: tuple[Path, ...] = ()
         if pictures:
-            own = pictures is True
-            folder = file.with_name(f"{file.stem}_pictures") if own else Path(pictures)  # type: ignore[arg-type]
             drawn = write_pictures(found, folder, progress)
         aside.write_text(page(found), encoding="utf-8")
     seen = found.exported
     return ReportFile(
         file, drawn, scores, errors, found.ranking, seen.prediction, seen.findings, seen.error
     )
+
+
+def _check_models(model: Any, float_model: Any) -> None:
+    for name, given in (("model", model), ("float_model", float_model)):
+        if not isinstance(given, nn.Module) and (name == "model" or given is not None):
+            raise TypeError(f"report: {name} is a module, got {type(given).__name__}")
+    held = [] if float_model is None else [*named_quantizers(unwrapped(float_model))]
+    if held:
+        raise ValueError(
+            f"report: float_model has quantizers, such as {held[0]}; quantize() edits in place, so "
+            "pass the copy.deepcopy(model) that was made before it"
+        )
 
 
 def _histograms(

@@ -9,7 +9,7 @@ from pytorch_quant.analysis.layer_errors import LayerError, QuantizerError
 from pytorch_quant.analysis.plain_data import shown_db
 from pytorch_quant.analysis.ranking import UNITS, Sensitivity
 from pytorch_quant.html_report.charts import db_bar, histogram_figure
-from pytorch_quant.html_report.gathered import Gathered
+from pytorch_quant.html_report.gathered import Gathered, kinds_of
 from pytorch_quant.html_report.markup import Cell, Html, code, joined, table, tag
 
 _PASTED = 20
@@ -42,7 +42,11 @@ def facts(found: Gathered) -> Html:
     if prediction is not None:
         count = len(prediction.rows) - len(prediction.float_rows)
         entries.append(
-            (f"int8 in {exported.target}", f"{count} of {len(prediction.rows)}", "nodes")
+            (
+                f"{kinds_of(prediction)} in {exported.target}",
+                f"{count} of {len(prediction.rows)}",
+                "nodes",
+            )
         )
         entries.append(("lint findings", len(exported.findings), exported.target))
     if exported.latency is not None:
@@ -170,10 +174,16 @@ def exclude(found: Gathered) -> Html:
             cells.append(Cell(shown_db(db), db, number=True))
         rows.append(cells)
     pasted = "\n".join(_rule(ranking, i) for i in range(min(_PASTED, len(ranking.rows))))
+    rules = "{**rules, **exclude}" if found.ruled else "exclude"
+    target = found.exported.target
+    placed = "" if target == "tensorrt" else f', placement="{target}"'
     text = (
-        f"exclude = {{\n{pasted}\n}}\nmodel = quantize(float_model, exclude, example_inputs=inputs)"
+        f"exclude = {{\n{pasted}\n}}\n"
+        f"model = quantize(float_model, {rules}, example_inputs=inputs{placed})"
     )
     hint = "Keep as many lines from the top as you need; a click selects all. "
+    if not found.ruled:
+        hint += "Rules that this model was quantized with go in front: {**rules, **exclude}. "
     if any(row.kind == "quantizer" for row in ranking.rows[:_PASTED]):
         hint += "A quantizer that was placed by hand has no rule: switch it off."
     return joined(

@@ -12,6 +12,7 @@ from pytorch_quant import axes
 from pytorch_quant.analysis.noise import in_turn
 from pytorch_quant.analysis.switches import Switch, Switches
 from pytorch_quant.calib.histogram import CalibrationError, Histogram
+from pytorch_quant.calib.maxima import Maxima
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
 # Of a quantizer with more channels, this many evenly spaced ones: a search takes 4 ms for each.
@@ -29,6 +30,7 @@ class SeenValues:
         quantizer: The quantizer.
         histogram: A row for each of `chosen`; None before any values, or where the number of
             channels varies.
+        maxima: The largest magnitudes of each tensor, of the rows of `histogram`; None without it.
         chosen: Which channels or blocks are counted.
         channels: How many there are; 1 per tensor.
         values: How many values it saw in all channels; a parameter counts once.
@@ -42,6 +44,7 @@ class SeenValues:
         self.is_weight = switch.is_weight
         self.quantizer: TensorQuantizer = switch.holder.quantizer
         self.histogram: Histogram | None = None
+        self.maxima: Maxima | None = None
         self.chosen: Tensor | None = None
         self.channels = 0
         self.values = 0
@@ -72,9 +75,10 @@ class SeenValues:
             few = min(MOST_ROWS, len(rows))
             self.chosen = torch.linspace(0, len(rows) - 1, few).round().long()
             self.histogram = Histogram(channels=few, device=x.device)
+            self.maxima = Maxima((few,), x.device)
             self.amax = self._in_use(quantizer, x, len(rows))
         elif len(rows) != self.channels:
-            self._varies, self.histogram = True, None
+            self._varies, self.histogram, self.maxima = True, None, None
             return
         if len(rows) > MOST_ROWS:
             assert self.chosen is not None
@@ -83,6 +87,8 @@ class SeenValues:
             self.histogram.update(rows)
         except CalibrationError as error:
             raise CalibrationError(f"{self.name}: {error}") from error
+        assert self.maxima is not None
+        self.maxima.update(rows.abs().amax(1).float(), rows.numel())
 
     def _in_use(self, quantizer: Any, x: Tensor, rows: int) -> Tensor | None:
         if quantizer._dynamic:

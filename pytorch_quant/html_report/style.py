@@ -4,11 +4,11 @@ STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --card: #f5f6f8; --text: #1b1f24;
   --soft: #57606a; --line: #d0d7de; --link: #0b57b0; --fill: #9aa5b1; --good: #1a7f4b;
   --fair: #a86400; --bad: #c0272d; --m1: #c0272d; --m2: #6f35a5; --m3: #a15c00; --m4: #0b62c4;
-  --m5: #1a7f37; }
+  --m5: #0b6e75; --m6: #1a7f37; --m7: #b0257a; --m8: #6b4f2a; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171c; --card: #1f242c; --text: #e6e9ee;
   --soft: #a3adba; --line: #3a424d; --link: #82b7ff; --fill: #6b7684; --good: #56d492;
   --fair: #f0b04e; --bad: #ff8080; --m1: #ff8585; --m2: #cfa3ff; --m3: #ffb454; --m4: #7db8ff;
-  --m5: #6fdd8b; } }
+  --m5: #5fd6d9; --m6: #6fdd8b; --m7: #ff94cf; --m8: #dcc3a0; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-padding-top: 3.5rem; }
 body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 4rem; background: var(--back);
@@ -63,6 +63,7 @@ svg .disc { stroke: var(--card); stroke-width: 1; }
 svg .digit { font-weight: 700; font-size: 9px; fill: var(--card); }
 .c0 { color: var(--text); } .c1 { color: var(--m1); } .c2 { color: var(--m2); }
 .c3 { color: var(--m3); } .c4 { color: var(--m4); } .c5 { color: var(--m5); }
+.c6 { color: var(--m6); } .c7 { color: var(--m7); } .c8 { color: var(--m8); }
 .legend { list-style: none; margin: 0; padding: 0; font-size: .8rem; }
 .legend li { display: grid; grid-template-columns: 1rem 6.7rem 1fr auto; gap: .25rem;
   white-space: nowrap; }

@@ -151,7 +151,9 @@ def test_the_rules_can_be_pasted(made):
     plain, _, batches, result, page = made
     text = section(page, "exclude").find("pre", class_="paste")[0].text
     names = {"quantize": quantize, "float_model": copy.deepcopy(plain), "inputs": batches[0][0]}
+    names["rules"] = RULES
     exec(text, names)
+    assert "{**rules, **exclude}" in text
     assert names["exclude"] == {row.name: None for row in result.ranking.rows}
     assert not [m for m in names["model"].modules() if isinstance(m, TensorQuantizer)]
 
@@ -169,13 +171,25 @@ def test_clip_lines_are_those_of_calibrate(made):
     _, model, batches, _, page = made
     name = "block.second._input_quantizer"
     found = lines_of(page, name)
-    assert next(iter(found)) == "in use" and len(found) == 6
+    assert next(iter(found)) == "in use" and len(found) == 9
     assert found["in use"] == found["max"] == float(model.get_submodule(name).amax)
-    for method, options in [("percentile", {"percentile": 99.9}), ("mse", {}), ("entropy", {})]:
+    labels = {"percentile 99.99": "percentile", "lp 2.4": "lp"}
+    for label in list(found)[1:]:
+        method = "percentile" if label == "percentile 99.9" else labels.get(label, label)
+        options = {"percentile": 99.9} if label == "percentile 99.9" else {}
         other = copy.deepcopy(model)
         calibrate(other, batches, method, progress=False, **options)
-        label = "percentile 99.9" if options else method
         assert found[label] == pytest.approx(float(other.get_submodule(name).amax), rel=1e-6)
+    # A weight is one batch.
+    assert {"mean_max", "moving_max"} == set(found) - set(lines_of(page, "stem._weight_quantizer"))
+
+
+def test_means_of_maxima_are_those_of_numpy(made):
+    *_, batches, _, page = made
+    first, second = (float(np.abs(x.numpy()).max()) for x, _ in batches)
+    found = lines_of(page, "stem._input_quantizer")
+    assert found["mean_max"] == pytest.approx((first + second) / 2)
+    assert found["moving_max"] == pytest.approx(0.9 * first + 0.1 * second)
 
 
 def test_histograms_hold_every_value(made):
@@ -320,6 +334,53 @@ def test_many_channels_zeros_blocks_and_dynamic_ranges(tmp_path):
     assert "float_model=" in section(text, "placement").text
 
 
+def test_fp8_is_not_called_int8(tmp_path):
+    batches = [torch.randn(16, 64)]
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = quantize(net, {nn.Linear: pytorch_quant.FP8}, example_inputs=batches[0])
+    calibrate(model, batches, progress=False)
+    result = report(model, batches, tmp_path / "r.html", progress=False)
+    assert "2 of 2 operators in fp8" in str(result)
+    page = read_page(result.path)
+    assert {t["runs in"] for t, _ in rows(section(page, "prediction"))} == {"fp8"}
+    assert "fp8 in tensorrt" in page.find("dl")[0].text
+    # Without rules= it says where they go.
+    assert "{**rules, **exclude}" in section(page, "exclude").text
+
+
+def test_pasted_rules_are_for_the_same_runtime(tmp_path):
+    plain, _, batches = tiny_models()
+    images = batches[0][0]
+    model = quantize(copy.deepcopy(plain), example_inputs=images, placement="onnxruntime")
+    calibrate(model, batches, progress=False)
+    result = report(model, batches, tmp_path / "r.html", target="onnxruntime", progress=False)
+    text = section(read_page(result.path), "exclude").find("pre", class_="paste")[0].text
+    text = re.sub(r"(?m)^    (?!.*block\.second).*$", "", text)
+    names = {"quantize": quantize, "float_model": copy.deepcopy(plain), "inputs": images}
+    exec(text, names)
+    expected = quantize(
+        copy.deepcopy(plain), {"block.second": None}, example_inputs=images, placement="onnxruntime"
+    )
+    placed = [
+        {(n, m.unsigned) for n, m in net.named_modules() if isinstance(m, TensorQuantizer)}
+        for net in (names["model"], expected)
+    ]
+    assert placed[0] == placed[1] and any(unsigned for _, unsigned in placed[0])
+
+
+def test_pictures_of_names_that_look_like_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["$\\frac{x$_{", "100 $ a%"]
+    net = nn.Sequential()
+    for name in names:
+        net.add_module(name, nn.Linear(16, 16))
+    batches = [torch.randn(4, 16)]
+    model = quantize(net, {nn.Linear: pytorch_quant.INT8}, example_inputs=batches[0])
+    calibrate(model, batches, progress=False)
+    result = report(model, batches, tmp_path / "r.html", pictures=True, progress=False)
+    assert len(result.pictures) == 3
+
+
 def test_pictures(made):
     pytest.importorskip("matplotlib")
     result = made[3]
@@ -342,6 +403,9 @@ def test_pictures(made):
         ({"evaluate": 3}, TypeError, "function"),
         ({"evaluate": lambda model: None}, TypeError, "one number"),
         ({"example_inputs": 3}, TypeError, "example_inputs"),
+        ({"ranking": [1]}, TypeError, "ranking is what sensitivity"),
+        ({"float_model": "resnet"}, TypeError, "float_model is a module, got str"),
+        ({"pictures": __file__}, NotADirectoryError, "is a file"),
     ],
 )
 def test_wrong_use_raises_and_leaves_the_old_file(tmp_path, options, error, words):
@@ -351,6 +415,15 @@ def test_wrong_use_raises_and_leaves_the_old_file(tmp_path, options, error, word
     with pytest.raises(error, match=words):
         report(model, batches, path, progress=False, **options)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_models_that_are_none(tmp_path):
+    _, model, batches = tiny_models()
+    with pytest.raises(TypeError, match="model is a module, got NoneType"):
+        report(None, batches, tmp_path / "r.html", progress=False)
+    # `quantize` works in place: what looks like the float model may be the quantized one.
+    with pytest.raises(ValueError, match=r"float_model has quantizers, such as stem\._input"):
+        report(model, batches, tmp_path / "r.html", float_model=model, progress=False)
 
 
 def test_bad_values_name_the_quantizer(tmp_path):
