@@ -15,7 +15,7 @@ from pytorch_quant._version import __version__
 from pytorch_quant.analysis import LayerErrors, Sensitivity, layer_errors, summary
 from pytorch_quant.analysis.costs import arguments_of
 from pytorch_quant.analysis.noise import checked_batches
-from pytorch_quant.analysis.plain_data import shown_db
+from pytorch_quant.analysis.plain_data import with_unit
 from pytorch_quant.analysis.sites import unwrapped
 from pytorch_quant.analysis.switches import switched
 from pytorch_quant.batches import Forward
@@ -66,7 +66,7 @@ class ReportFile(os.PathLike[str]):
         return str(self.path)
 
     def __str__(self) -> str:
-        parts = [f"output SQNR {shown_db(self.errors.output_db)} dB"]
+        parts = [f"output SQNR {with_unit(self.errors.output_db)}"]
         parts += [f"{name} {score:.4g}" for name, score in self.accuracy.items()]
         if self.prediction is not None:
             count = len(self.prediction.rows) - len(self.prediction.float_rows)

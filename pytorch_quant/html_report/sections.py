@@ -6,7 +6,7 @@ import json
 import math
 
 from pytorch_quant.analysis.layer_errors import LayerError, QuantizerError
-from pytorch_quant.analysis.plain_data import shown_db
+from pytorch_quant.analysis.plain_data import shown_db, with_unit
 from pytorch_quant.analysis.ranking import UNITS, Sensitivity
 from pytorch_quant.html_report.charts import db_bar, histogram_figure
 from pytorch_quant.html_report.gathered import Gathered, kinds_of
@@ -28,8 +28,7 @@ def facts(found: Gathered) -> Html:
         (first, before), *others = found.accuracy.items()
         for name, score in others:
             entries.append((f"accuracy, {name}", f"{score:.4g}", f"{first} {before:.4g}"))
-    total = shown_db(found.errors.output_db)
-    entries.append(("output, all quantized", f"{total} dB" if total[0] != "e" else total, "SQNR"))
+    entries.append(("output, all quantized", with_unit(found.errors.output_db), "SQNR"))
     if found.ranking.rows:
         worst = found.ranking.rows[0]
         shown = _score(found.ranking, worst.score)
@@ -203,10 +202,7 @@ def _rule(ranking: Sensitivity, i: int) -> str:
 
 
 def _score(ranking: Sensitivity, score: float) -> str:
-    if ranking.method != "sqnr":
-        return f"{score:.4g}"
-    shown = shown_db(score)
-    return shown if shown in ("exact", "-") else f"{shown} dB"
+    return with_unit(score) if ranking.method == "sqnr" else f"{score:.4g}"
 
 
 def tensors(found: Gathered) -> Html:
