@@ -110,7 +110,7 @@ def evaluate(model: nn.Module, images: Tensor, cells: Tensor) -> tuple[float, fl
 def main(argv: list[str] | None = None) -> int:
     """Run the example; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/detection"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/detection_head"), metavar="DIR")
     parser.add_argument("--smoke", action="store_true", help="trained less, on fewer images")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 2 examples/distributed_calibration.py
     torchrun --nproc-per-node 2 examples/distributed_calibration.py --method entropy
     python examples/distributed_calibration.py
+    torchrun --nproc-per-node 2 examples/distributed_calibration.py --smoke    # fewer images
 
 Only the first process prints. It compares the ranges: they are equal, bit for bit,
 on all processes and to those of one process. With a GPU for each process they talk over NCCL,
 otherwise over Gloo. The images are scikit-learn's handwritten digits, or noise without it. The
-weights are random; an own model and loader take the place of `small_network` and `images`.
+weights are random; your own model and loader take the place of `small_network` and `images`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main() -> None:
     """Calibrate on all processes and on one, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--method", default="mse", choices=METHODS)
-    method = parser.parse_args().method
+    parser.add_argument("--smoke", action="store_true", help="on 300 images")
+    args = parser.parse_args()
+    method = args.method
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
@@ -69,7 +72,8 @@ def main() -> None:
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    batches = [batch.to(device) for batch in images().split(BATCH)]
+    data = images()[:300] if args.smoke else images()
+    batches = [batch.to(device) for batch in data.split(BATCH)]
     model = small_network().to(device)
     # Every size-th batch; the shares need not be equal.
     report = calibrate(model, batches[rank::size], method, progress=False)

@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--target", choices=("onnxruntime", "openvino"), default="onnxruntime")
-    parser.add_argument("--output", type=Path, default=Path("runs/graph_mode"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/graph_mode_resnet18"), metavar="DIR"
+    )
     parser.add_argument("--smoke", action="store_true", help="a narrower network, trained less")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{'model':<28}{'top-1 %':>9}\n{'-' * 37}")
     print("\n".join(f"{name:<28}{value:>9.2f}" for name, value in rows.items()))
     print()
-    print(pq.compare_latency(files, engine=args.target, rounds=200, shapes={"x": (1, 1, 128, 128)}))
+    print(pq.compare_latency(files, engine=args.target, rounds=300, shapes={"x": (1, 1, 128, 128)}))
     return 0
 
 

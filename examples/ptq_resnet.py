@@ -138,9 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"{row:<28}{value:>9.2f}" for row, value in table.items()))
     sizes = [(args.output / f"{name}.onnx").stat().st_size / 1e3 for name in ("float32", "int8")]
     print(f"\nfile, KB: float32 {sizes[0]:.0f}, int8 {sizes[1]:.0f}")
-    quantizers = [n for n, m in model.named_modules() if isinstance(m, pq.TensorQuantizer)]
-    residual = sum("residual" in name or "add" in name for name in quantizers)
-    print(f"quantizers: {len(quantizers)}, of them on residual branches {residual}")
+    found = pq.summary(model)
+    residual = {row.layer for row in found.rows if row.kind == "add" or "residual" in row.layer}
+    print(f"quantizers: {found.quantizers}; residual additions with quantizers: {len(residual)}")
     print(f"lint for {args.target}: {len(problems)} finding(s)", *problems, sep="\n  ")
     return 0
 

@@ -97,7 +97,6 @@ __all__ = [
     "lint_onnx",
     "load",
     "load_calibration",
-    "nn",
     "placement_plan",
     "predict_int8",
     "qat",

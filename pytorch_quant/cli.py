@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from pytorch_quant._version import __version__
@@ -40,37 +43,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exception: of any kind, with `--debug`.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    finally:
+        _show("")  # what --help has written
     if options.json and not options.has_json:
         parser.error(f"{options.command} has no --json: its output is that of the script")
+    with _interrupts() as interrupts:
+        try:
+            # Models and exporters may print; what a machine reads must hold nothing else.
+            with _stdout_to_stderr() if options.json else nullcontext():
+                outcome = options.run(options)
+            if outcome is None:
+                return 0
+            if interrupts:
+                # Something took Ctrl-C for a failure of its own and went on.
+                raise KeyboardInterrupt
+            _show(_told(options, outcome.data) if options.json else f"{outcome.text}\n")
+            return outcome.code
+        except KeyboardInterrupt:
+            interrupts.append(signal.SIGINT)
+        except UsageError as error:
+            options.parser.error(str(error))
+        except Exception as error:
+            # An exporter that Ctrl-C stops half-way may end with an error of its own.
+            if not interrupts:
+                if options.debug:
+                    raise
+                print(f"pytorch-quant {options.command}: {one_line(error)}", file=sys.stderr)
+                if options.json:
+                    _show(_told(options, failure(error)))
+                return 1
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that gets an entry at each Ctrl-C, which raises KeyboardInterrupt as before."""
+    seen: list[int] = []
+
+    def noticed(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not (main_thread and usual):
+        yield seen
+        return
+    signal.signal(signal.SIGINT, noticed)
     try:
-        # Models and exporters may print; what a machine reads must hold nothing else.
-        with redirect_stdout(sys.stderr) if options.json else nullcontext():
-            outcome = options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except UsageError as error:
-        options.parser.error(str(error))
-    except Exception as error:
-        if options.debug:
-            raise
-        print(f"pytorch-quant {options.command}: {one_line(error)}", file=sys.stderr)
-        if options.json:
-            _show(as_json(options.command, failure(error)))
-        return 1
-    if outcome is None:
-        return 0
-    _show(as_json(options.command, outcome.data) if options.json else outcome.text)
-    return outcome.code
+        yield seen
+    finally:
+        if signal.getsignal(signal.SIGINT) is noticed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What is printed goes to stderr, also by C++ and by other processes."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _told(options: argparse.Namespace, data: Any) -> str:
+    return f"{as_json(options.command, data)}\n"
 
 
 def _show(text: str) -> None:
+    if text and isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows ASCII alone shows the rest as escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; Python would complain again at exit.
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would write the rest once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader such as `head` has seen enough when it closes the pipe.
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,14 @@
 """The command line as a whole: usage, failures, interrupts, what goes to which stream."""
 
 import ast
+import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,9 @@ import pytest
 from pytorch_quant import cli
 from pytorch_quant.commands import COMMANDS
 
+# The package may be on the path of this process alone.
+PLACES = (str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, PLACES))}
 NAMES = [name.replace("_", "-") for name in COMMANDS]
 
 
@@ -30,7 +37,7 @@ def run(capsys):
 
 def test_as_a_module():
     command = [sys.executable, "-W", "error", "-m", "pytorch_quant", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and done.stderr == ""
     assert all(f"\n    {name}" in done.stdout for name in NAMES)
     assert "130" in done.stdout
@@ -55,6 +62,17 @@ def test_help_has_an_example_and_exit_codes(run, name):
     assert f"example:\n  pytorch-quant {name} " in out
     assert "exit codes:\n" in out and "130" in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_words_of_an_example_are_known(run, name):
+    _, out, _ = run(name, "--help")
+    example = out.partition("example:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in example.splitlines()]
+    assert commands
+    for program, *words in commands:
+        assert program == "pytorch-quant"
+        assert callable(cli._parser().parse_args(words).run)
 
 
 def test_wrong_usage(run):
@@ -111,6 +129,29 @@ def test_an_interrupt(run, demo):
     assert run("demo", "--json") == (130, "", "interrupted\n")
 
 
+def test_an_interrupt_that_others_turn_into_an_error(run, demo):
+    def exporting():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise RuntimeError("half an import") from None
+
+    demo(exporting)
+    before = signal.getsignal(signal.SIGINT)
+    assert run("demo") == (130, "", "interrupted\n")
+    assert run("demo", "--debug") == (130, "", "interrupted\n")
+
+    def going_on():
+        with pytest.raises(RuntimeError):
+            exporting()
+        return "a page without the export"
+
+    demo(going_on)
+    assert run("demo") == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("words", [("--json", "demo"), ("demo", "--json")])
 def test_json_alone_goes_to_stdout(run, demo, words):
     @dataclass
@@ -127,6 +168,42 @@ def test_json_alone_goes_to_stdout(run, demo, words):
     assert json.loads(out) == {"command": "demo", "score": None}
 
 
+def test_other_processes_do_not_print_into_json(tmp_path):
+    (tmp_path / "noisy.py").write_text(
+        "import os, torch\n"
+        "def build():\n"
+        "    os.system('echo from a process')\n"
+        "    return torch.nn.Linear(2, 2)\n"
+    )
+    words = ["summary", "noisy.py:build", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytorch_quant", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+    )
+    assert json.loads(done.stdout)["command"] == "summary"
+    assert done.stderr == "from a process\n"
+
+
+def test_a_terminal_that_knows_ascii_alone(demo, monkeypatch):
+    demo(lambda: "modèle.onnx")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert cli.main(["demo"]) == 0
+    assert shown.buffer.getvalue() == b"mod\\xe8le.onnx\n"
+
+
+def test_a_full_disk_is_a_failure(demo, monkeypatch, capsys):
+    demo(lambda: "text")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["demo"]) == 1
+        monkeypatch.undo()
+    assert "No space left" in capsys.readouterr().err
+
+
 def test_the_output_of_a_script_is_its_own(run):
     code, out, err = run("--json", "run-compat", "s.py")
     assert code == 2 and out == "" and "run-compat has no --json" in err
@@ -139,5 +216,13 @@ def test_a_reader_that_has_seen_enough(demo, monkeypatch, capsys):
     with os.fdopen(write, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["demo"]) == 0
+        monkeypatch.undo()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["--help"])
+        assert stopped.value.code == 0
         monkeypatch.undo()
     assert capsys.readouterr().err == ""

@@ -172,9 +172,16 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
@@ -182,7 +189,7 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """A whole number, 0 or more."""
-    number = int(text)
+    number = _whole(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return number
@@ -190,7 +197,10 @@ def not_negative(text: str) -> int:
 
 def three(text: str) -> tuple[float, ...]:
     """Three numbers with commas."""
-    numbers = tuple(float(part) for part in text.split(","))
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError(f"three numbers such as 0.5,0.5,0.5, got {text!r}")
     return numbers

@@ -41,8 +41,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A file that is cut off makes the reader seek to where nothing is.
+        raise ValueError(f"{path} is no checkpoint, or damaged: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values: it is damaged, or holds a "
@@ -51,7 +54,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ) from error
     except Exception as error:
         # A damaged file makes the reader raise whatever it stumbles over.
-        raise ValueError(f"{path} is no checkpoint, or damaged: {error}") from error
+        told = f"{type(error).__name__} {error}".rstrip()
+        raise ValueError(f"{path} is no checkpoint, or damaged: {told}") from error
     placement = None
     if isinstance(found, Mapping):
         placement = found.get("placement")

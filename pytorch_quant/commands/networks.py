@@ -64,12 +64,20 @@ def load_network(
     model = network.model
     is_file = weights is not None and (":" in spec or os.path.exists(weights))
     if weights is not None and is_file:
-        load_state(model, read_checkpoint(weights).state, weights)
+        checkpoint = read_checkpoint(weights)
+        if checkpoint.placement is not None:
+            raise ValueError(
+                f"{weights} holds a quantized model; give the float one as --weights, or this file "
+                "as --checkpoint, where the command has that"
+            )
+        load_state(model, checkpoint.state, weights)
     return Network(model.to(torch.device(device)).eval(), network.transform)
 
 
 def _from_function(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"model {spec!r}: give module:function or file.py:function")
     module = _module(place)
     found: Any = module
     for part in name.split("."):
@@ -81,7 +89,11 @@ def _from_function(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise TypeError(f"model {spec!r}: {name} is a {type(found).__name__}, no function")
-        found = found(**arguments)
+        try:
+            found = found(**arguments)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise RuntimeError(f"model {spec!r} could not be built: {told}") from error
     elif arguments:
         raise ValueError(f"model {spec!r} is a model, no function, and takes no --model-arg")
     if not isinstance(found, nn.Module):

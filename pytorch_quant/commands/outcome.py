@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,19 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = " ".join(str(error).split())
+        text = " ".join(_of_worker(error).split())
     if not text or not isinstance(error, _SPEAK_FOR_THEMSELVES):
         text = f"{type(error).__name__}: {text}".rstrip(": ")
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}... (all of it with --debug)"
     return text
+
+
+def _of_worker(error: BaseException) -> str:
+    """The message, of an error in a process of a DataLoader without the traceback around it."""
+    text = str(error)
+    if not text.startswith("Caught ") or "\nOriginal Traceback " not in text:
+        return text
+    name = re.escape(text.split(maxsplit=2)[1])
+    *_, last = re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)
+    return last

@@ -67,9 +67,11 @@ class Pictures(Dataset):
         path, label = self.items[index]
         try:
             with self._image.open(path) as picture:
-                tensor = self._transform(picture.convert("RGB"))
-        except OSError as error:
+                pixels = picture.convert("RGB")
+        except Exception as error:
+            # Not all that decoders raise is an OSError.
             raise ValueError(f"{path} is no image that can be read: {error}") from error
+        tensor = self._transform(pixels)
         return (tensor,) if label is None else (tensor, label)
 
 

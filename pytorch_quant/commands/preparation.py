@@ -16,7 +16,7 @@ from pytorch_quant.commands.checkpoints import load_state, read_checkpoint
 from pytorch_quant.commands.networks import load_network
 from pytorch_quant.commands.outcome import UsageError
 from pytorch_quant.commands.rule_files import read_rules, resolved
-from pytorch_quant.commands.samples import Batches, forward, open_data
+from pytorch_quant.commands.samples import Batches, check_fit, check_labelled, forward, open_data
 from pytorch_quant.fold import fold_batchnorm
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.placement.plan import LeftFloat
@@ -117,6 +117,14 @@ def restore(model: nn.Module, path: str) -> dict[str, Any] | None:
     else:
         device = next(iter(model.parameters())).device
         example = example_of(placement, device=device)
+        try:
+            with torch.inference_mode():
+                forward(model, (example,))
+        except Exception as error:
+            raise ValueError(
+                f"{path} was made of a model with other inputs than {type(model).__name__} has: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         keep = bool(placement["keep_batchnorm"])
         fold(model, example, keep_batchnorm=keep)
         place(model, placement["rules"], placement["placement"], example, keep_batchnorm=keep)
@@ -144,13 +152,16 @@ class Ready:
     float_model: nn.Module | None
 
 
-def ready(options: argparse.Namespace, *, keep_float: bool = False) -> Ready:
+def ready(
+    options: argparse.Namespace, *, keep_float: bool = False, labelled: bool = False
+) -> Ready:
     """The model that the options name: from a quantized checkpoint, else calibrated on the data.
 
     Args:
         options: Those of `add_network`, `add_data`, `add_calibration` and `--checkpoint`, and
             `--target` with the default None.
         keep_float: Copy the float model, where there is one.
+        labelled: Whether the data has to have labels.
 
     Raises:
         UsageError: a checkpoint, and options that it leaves nothing to do for.
@@ -171,15 +182,26 @@ def ready(options: argparse.Namespace, *, keep_float: bool = False) -> Ready:
     )
     model, original = network.model, None
     batches = open_data(options, model, network.transform)
+    if labelled:
+        check_labelled(batches)
+    check_fit(model, batches, options.data)
+    keep_float = keep_float and not named_quantizers(model)
     if fresh:
         example, keep = batches.example(), options.keep_batchnorm
         fold(model, example, keep_batchnorm=keep)
-        if keep_float and not named_quantizers(model):
+        if keep_float:
             original = copy.deepcopy(model)
         place(model, rules, target, example, keep_batchnorm=keep)
         calibrated(options, model, batches)
     else:
+        if keep_float:
+            original = copy.deepcopy(model)
         placement = restore(model, options.checkpoint)
+        if original is not None and placement is not None:
+            example = example_of(placement, device=options.device)
+            fold(original, example, keep_batchnorm=bool(placement["keep_batchnorm"]))
+            state = model.state_dict()
+            original.load_state_dict({name: state[name] for name in original.state_dict()})
         if placement is not None:
             rules, target = placement["rules"], placement["placement"]
     return Ready(model, batches, rules, target, original)

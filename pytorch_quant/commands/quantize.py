@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,8 @@ def _run(options: argparse.Namespace) -> Outcome:
     from pytorch_quant.commands.networks import load_network
     from pytorch_quant.commands.preparation import check_method
     from pytorch_quant.commands.rule_files import read_rules
-    from pytorch_quant.commands.samples import open_data
+    from pytorch_quant.commands.samples import check_fit, check_labelled, open_data
+    from pytorch_quant.commands.writable import check_folder
 
     check_method(options)
     rules = {} if options.rules is None else read_rules(options.rules)
@@ -105,8 +107,12 @@ def _run(options: argparse.Namespace) -> Outcome:
     if options.evaluate is not None:
         path, count = options.evaluate, options.evaluate_samples
         labelled = open_data(options, model, network.transform, path=path, count=count or _ALL)
+        check_labelled(labelled)
+        check_fit(model, labelled, path)
+    check_fit(model, batches, options.data)
     folder = Path(options.output)
     with _made(folder):
+        check_folder(folder)
         return _quantized(options, rules, model, batches, labelled, folder)
 
 
@@ -122,6 +128,7 @@ def _quantized(
     from pytorch_quant.commands.preparation import calibrated, fold, place, some
     from pytorch_quant.commands.quantize_report import QuantizeReport, write_reports
     from pytorch_quant.commands.samples import top1
+    from pytorch_quant.nn.modes import named_quantizers
 
     files = {"checkpoint": folder / "quantized.pt", "onnx": folder / "quantized.onnx"}
     accuracy: dict[str, float] = {}
@@ -138,6 +145,7 @@ def _quantized(
         _export(options, model, inputs, files["float_onnx"])
     keep = options.keep_batchnorm
     fold(model, example, keep_batchnorm=keep)
+    before = copy.deepcopy(model) if options.html and not named_quantizers(model) else None
     placement, left = place(model, rules, options.target, example, keep_batchnorm=keep)
     calibration = calibrated(options, model, batches)
     evaluate("quantized")
@@ -154,7 +162,7 @@ def _quantized(
     )
     if options.html:
         files["html"] = folder / "report.html"
-        _write_html(options, model, batches, accuracy, files["html"])
+        _write_html(options, model, before, rules, batches, accuracy, files["html"])
     write_reports(report, folder)
     return Outcome(report.short(), report.as_dict(), int(not report.ok))
 
@@ -189,12 +197,15 @@ def _settings(options: argparse.Namespace, rules: Any, samples: int) -> dict[str
 def _write_html(
     options: argparse.Namespace,
     model: nn.Module,
+    before: nn.Module | None,
+    rules: dict[str, str | None],
     batches: Batches,
     accuracy: dict[str, float],
     path: Path,
 ) -> None:
     from itertools import islice
 
+    from pytorch_quant.commands.rule_files import resolved
     from pytorch_quant.commands.samples import forward
     from pytorch_quant.html_report import report
 
@@ -203,6 +214,8 @@ def _write_html(
         # They run twice for each layer.
         list(islice(batches, -(-_PAGE_SAMPLES // options.batch_size))),
         path,
+        float_model=before,
+        rules=None if before is None else resolved(rules, before),
         accuracy=accuracy or None,
         target=options.target,
         forward=forward,

@@ -51,10 +51,17 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> Outcome:
     from pytorch_quant.commands.preparation import ready
+    from pytorch_quant.commands.rule_files import resolved
     from pytorch_quant.commands.samples import forward, top1
+    from pytorch_quant.commands.writable import check_file
     from pytorch_quant.html_report import report
+    from pytorch_quant.optional import require
 
-    prepared = ready(options, keep_float=True)
+    check_file(options.output)
+    if options.pictures:
+        require("matplotlib")
+    prepared = ready(options, keep_float=True, labelled=options.accuracy)
+    before = prepared.float_model
 
     def evaluate(model: Any) -> float:
         return top1(model, prepared.batches, name="top-1", progress=not options.quiet)
@@ -63,8 +70,8 @@ def _run(options: argparse.Namespace) -> Outcome:
         prepared.model,
         prepared.batches,
         options.output,
-        # Its plan knows no rules.
-        float_model=None if prepared.rules else prepared.float_model,
+        float_model=before,
+        rules=None if before is None else resolved(prepared.rules, before),
         evaluate=evaluate if options.accuracy else None,
         latency=options.latency,
         target=prepared.target,

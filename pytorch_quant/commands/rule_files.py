@@ -36,6 +36,8 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, str | None]:
             raise ValueError(
                 f"{path}: YAML reads the key {key!r} as a {type(key).__name__}; put it in quotes"
             )
+        if isinstance(value, str) and value.lower() in ("none", "float"):
+            raise ValueError(f"{path}: {key}: to leave it float write null, got {value!r}")
         if value is not None and not isinstance(value, str):
             raise ValueError(
                 f"{path}: {key}: the value is the name of a scheme or null, got {value!r}"

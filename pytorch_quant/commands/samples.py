@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,58 @@ def open_data(
     return Batches(loader, dataset.labelled, len(chosen), dataset.classes, options.device)
 
 
+def check_fit(model: nn.Module, batches: Batches, path: str) -> None:
+    """Run the first batch.
+
+    Raises:
+        ValueError: the model cannot run on it; says what it holds.
+    """
+    inputs = batches.example()
+    try:
+        with torch.inference_mode():
+            forward(model, (inputs,))
+    except Exception as error:
+        given = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
+        shown = ", ".join(
+            f"{name} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}".strip()
+            for name, x in given
+        )
+        raise ValueError(
+            f"{type(model).__name__} cannot run on a batch of {path}, {shown}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_labelled(batches: Batches) -> None:
+    """Raise ValueError where the data has no labels."""
+    if not batches.labelled:
+        raise ValueError(
+            "accuracy and loss need labels: a subfolder for each class, or an array named "
+            f"{LABELS!r} in the .npz file"
+        )
+
+
+def cross_entropy(batches: Batches) -> Callable[[Any, Tensor], Tensor]:
+    """The mean cross entropy of logits and labels; raises ValueError where they do not fit."""
+
+    def loss(logits: Any, labels: Tensor) -> Tensor:
+        _check_logits(logits, labels, batches.classes)
+        return nn.functional.cross_entropy(logits, labels)
+
+    return loss
+
+
+def _check_logits(logits: Any, labels: Tensor, folders: int | None) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError("accuracy and loss need a model that returns logits of shape (N, classes)")
+    classes = logits.shape[1]
+    if folders not in (None, classes) or int(labels.max()) >= classes:
+        raise ValueError(
+            f"the data has {folders or int(labels.max()) + 1} classes and the model {classes} "
+            "logits; label k is the k-th class folder by name"
+        )
+
+
 def top1(model: nn.Module, batches: Batches, *, name: str, progress: bool) -> float:
     """The share of samples whose largest logit is that of the label, in percent.
 
@@ -109,25 +162,13 @@ def top1(model: nn.Module, batches: Batches, *, name: str, progress: bool) -> fl
     """
     from tqdm import tqdm
 
-    if not batches.labelled:
-        raise ValueError(
-            "accuracy needs labels: a subfolder for each class, or an array named "
-            f"{LABELS!r} in the .npz file"
-        )
     right = 0
+    check_labelled(batches)
     model.eval()
     with torch.inference_mode():
         for inputs, labels in tqdm(batches, desc=f"accuracy ({name})", disable=not progress):
             logits = forward(model, (inputs,))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise ValueError("accuracy needs a model that returns logits of shape (N, classes)")
-            classes = logits.shape[1]
-            if batches.classes not in (None, classes) or int(labels.max()) >= classes:
-                found = batches.classes or int(labels.max()) + 1
-                raise ValueError(
-                    f"the data has {found} classes and the model {classes} logits; label k is the "
-                    "k-th class folder by name"
-                )
+            _check_logits(logits, labels, batches.classes)
             right += int((logits.argmax(1) == labels).sum())
     return 100 * right / batches.count
 
@@ -139,9 +180,12 @@ class _Arrays(Dataset):
 
     def __init__(self, path: Path, model: nn.Module) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a single array; write it with np.savez")
+            with file:
                 arrays = {name: file[name] for name in file.files}
-        except (ValueError, zipfile.BadZipFile) as error:
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is no .npz file of plain arrays: {error}") from error
         lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
         if len(set(lengths.values())) != 1 or not min(lengths.values()):
@@ -155,11 +199,13 @@ class _Arrays(Dataset):
                 f"{path}: {LABELS!r} must be whole numbers of shape (N,), got "
                 f"{self.labels.dtype} {self.labels.shape}"
             )
+        if self.labelled and self.labels.min() < 0:
+            raise ValueError(f"{path}: {LABELS!r} count from 0, got {self.labels.min()}")
         if not arrays:
             raise ValueError(f"{path} holds labels and no inputs")
         if len(arrays) > 1:
             _check_names(path, list(arrays), model)
-        self.arrays = {name: _tensor(array) for name, array in arrays.items()}
+        self.arrays = {name: _tensor(path, name, array) for name, array in arrays.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -171,9 +217,12 @@ class _Arrays(Dataset):
         return (inputs, int(self.labels[index])) if self.labels is not None else (inputs,)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    # NumPy makes float64 unasked; models are float32.
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
+    try:
+        # NumPy makes float64 unasked; models are float32.
+        return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {name!r} cannot be a tensor: {error}") from error
 
 
 def _check_names(path: Path, names: list[str], model: nn.Module) -> None:

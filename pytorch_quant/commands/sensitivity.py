@@ -64,14 +64,19 @@ def _run(options: argparse.Namespace) -> Outcome:
     from pytorch_quant.analysis import sensitivity
     from pytorch_quant.commands.preparation import ready
     from pytorch_quant.commands.rule_files import write_rules
-    from pytorch_quant.commands.samples import forward, top1
+    from pytorch_quant.commands.samples import cross_entropy, forward, top1
+    from pytorch_quant.commands.writable import check_file
 
     excludes = options.exclude is not None or options.max_drop is not None
     if options.exclude is not None and options.max_drop is not None:
         raise UsageError("give either --exclude or --max-drop")
     if options.write_rules is not None and not excludes:
         raise UsageError("--write-rules needs --exclude or --max-drop to say what stays float")
-    prepared = ready(options)
+    if options.max_drop is not None and not options.max_drop >= 0:
+        raise UsageError(f"--max-drop must be at least 0, got {options.max_drop}")
+    if options.write_rules is not None:
+        check_file(options.write_rules)
+    prepared = ready(options, labelled=options.by != "sqnr")
     model, batches, rules = prepared.model, prepared.batches, prepared.rules
 
     def evaluate(model: Any) -> float:
@@ -82,6 +87,7 @@ def _run(options: argparse.Namespace) -> Outcome:
         batches,
         evaluate if options.by == "evaluate" else None,
         options.by,
+        loss=cross_entropy(batches) if options.by in ("loss", "fisher") else None,
         forward=forward,
         progress=not options.quiet,
     )

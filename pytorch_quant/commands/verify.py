@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> Outcome:
     from pytorch_quant.commands.networks import load_network
     from pytorch_quant.commands.preparation import as_arguments, example_of, restore, some
     from pytorch_quant.commands.quantize_report import verify_data
-    from pytorch_quant.commands.samples import open_data
+    from pytorch_quant.commands.samples import check_fit, open_data
     from pytorch_quant.export import verify_onnx
     from pytorch_quant.export.ports import ports, read_onnx
 
@@ -82,7 +82,9 @@ def _run(options: argparse.Namespace) -> Outcome:
     if options.checkpoint is not None:
         placement = restore(model, options.checkpoint)
     if options.data is not None:
-        inputs = some(open_data(options, model, network.transform).example(), batch)
+        batches = open_data(options, model, network.transform)
+        check_fit(model, batches, options.data)
+        inputs = some(batches.example(), batch)
     elif placement is not None:
         inputs = example_of(placement, batch=batch)
     else:

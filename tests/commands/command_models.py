@@ -48,6 +48,10 @@ def two_inputs():
     return TwoInputs()
 
 
+def fails():
+    raise KeyError("inside")
+
+
 def no_model():
     return [1]
 

@@ -1,5 +1,7 @@
 """Each command on small models, from a model to checked files."""
 
+import argparse
+import importlib.util
 import json
 
 import command_models
@@ -9,8 +11,11 @@ import onnx_runs
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from pytorch_quant import cli
+from pytorch_quant.commands import report
+from pytorch_quant.commands.preparation import ready
 from pytorch_quant.commands.rule_files import read_rules
 
 SPEC = "command_models:build"
@@ -174,7 +179,7 @@ def test_a_checkpoint_that_does_not_fit(run, made, tmp_path):
     code, _, err = run("summary", SPEC, *other)
     assert code == 1 and "fc.weight (10, 256) for (16, 256)" in err
     code, _, err = run("summary", SPEC, "--weights", made / "out" / "quantized.pt")
-    assert code == 1 and "does not fit Net" in err
+    assert code == 1 and "holds a quantized model" in err and "as --checkpoint" in err
 
 
 def test_sensitivity_writes_rules(as_json, made, tmp_path):
@@ -208,6 +213,57 @@ def test_sensitivity_of_a_checkpoint(as_json, made, by):
     if by == "evaluate":
         accuracy = json.loads((made / "out" / "report.json").read_text())["accuracy"]
         assert found["reference"] == pytest.approx(accuracy["float"], abs=100 / 24 + 1e-6)
+
+
+def test_labels_that_are_no_classes_of_the_model(run, tmp_path):
+    x, labels = command_models.arrays(tmp_path / "d.npz", 8)
+    np.savez(tmp_path / "d.npz", x=x, labels=labels + 90)
+    for by in ("loss", "fisher", "evaluate"):
+        words = "sensitivity", SPEC, "--data", tmp_path / "d.npz", "--by", by, "-q"
+        code, _, err = run(*words, "--samples", 1)
+        assert code == 1 and "classes and the model 10 logits" in err
+
+
+def test_work_is_not_begun_that_cannot_be_ended(run, tmp_path, monkeypatch):
+    x, _ = command_models.arrays(tmp_path / "d.npz", 4)
+    np.savez(tmp_path / "unlabelled.npz", x=x)
+    monkeypatch.chdir(tmp_path)
+
+    def calibrate(*args, **kwargs):
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr("pytorch_quant.commands.preparation.calibrate", calibrate)
+    data, unlabelled = ("--data", "d.npz"), ("--data", "unlabelled.npz")
+    for code, message, words in (
+        (1, "nowhere does not exist", ["report", *data, "--output", "nowhere/r.html"]),
+        (1, "is a folder", ["report", *data, "--output", "."]),
+        (1, "need labels", ["report", *unlabelled, "--accuracy"]),
+        (1, "need labels", ["sensitivity", *unlabelled, "--by", "fisher"]),
+        (1, "nowhere", ["sensitivity", *data, "--exclude", 1, "--write-rules", "nowhere/r.yaml"]),
+        (2, "at least 0, got nan", ["sensitivity", *data, "--max-drop", "nan"]),
+        (1, "need labels", ["quantize", *data, "--evaluate", "unlabelled.npz"]),
+        (1, "/proc/self: ", ["quantize", *data, "--output", "/proc/self"]),
+    ):
+        command, *rest = words
+        found, out, err = run(command, SPEC, *rest)
+        assert found == code and "calibrated" not in out and message in err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"d.npz", "unlabelled.npz"}
+
+
+def test_data_that_the_model_cannot_take(run, tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 1, 4, 4), np.float16))
+    words = "--data", tmp_path / "d.npz", "-q", "--output", tmp_path / "out"
+    for command in ("quantize", "report", "sensitivity"):
+        given = words if command != "sensitivity" else words[:3]
+        code, _, err = run(command, SPEC, *given)
+        assert code == 1 and err.count("\n") == 1
+        assert "Net cannot run on a batch of" in err and "d.npz, float16 (4, 1, 4, 4)" in err
+
+
+def test_a_checkpoint_of_a_model_with_other_inputs(run, made):
+    checkpoint = made / "out" / "quantized.pt"
+    code, _, err = run("summary", "command_models:two_inputs", "--checkpoint", checkpoint)
+    assert code == 1 and "quantized.pt was made of a model with other inputs than TwoInputs" in err
 
 
 def test_sensitivity_options_that_do_not_go_together(run, made):
@@ -266,6 +322,10 @@ def test_bench(as_json, run, made):
     assert second["speedup"] == pytest.approx(first["median"] / second["median"])
     assert second["size"] == files[1].stat().st_size
     assert run("bench", *files, "--shape", "x=1,0")[0] == 2
+    assert "a whole number, got 'a'" in run("bench", *files, "--shape", "x=1,a")[2]
+    if importlib.util.find_spec("tensorrt") is None:
+        code, _, err = run("bench", *files, "--engine", "tensorrt", "-q")
+        assert code == 1 and err.endswith("install it with pip install tensorrt\n")
     assert run("bench", *files, "--rounds", "0")[0] == 2
 
 
@@ -275,6 +335,29 @@ def test_report(as_json, run, made, tmp_path):
     found = as_json("report", SPEC, *words, "--checkpoint", made / "out" / "quantized.pt")
     assert found["path"] == str(page) and "stem" in page.read_text()
     assert len(found["accuracy"]) == 2
+    # What stays float, and why, needs the float model and the rules.
+    assert 'data-label="why"' in page.read_text()
+    (tmp_path / "r.yaml").write_text('{"torch.nn.Linear": INT8, "block.conv": null}')
+    as_json("report", SPEC, *words, "--rules", tmp_path / "r.yaml")
+    assert ">a rule</td>" in page.read_text()
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep-batchnorm"]])
+def test_the_float_model_of_a_checkpoint(run, made, tmp_path, keep):
+    words = SPEC, "--data", made / "d.npz", "--output", tmp_path / "out", "-q"
+    weights = command_models.Net(10)
+    nn.init.uniform_(weights.block.bn.weight, 0.5, 2.0)
+    torch.save(weights.state_dict(), tmp_path / "w.pt")
+    assert run("quantize", *words, "--weights", tmp_path / "w.pt", *keep)[0] == 0
+    parser = argparse.ArgumentParser()
+    report.add(parser.add_subparsers())
+    checkpoint = tmp_path / "out" / "quantized.pt"
+    options = ["report", *map(str, words), "--checkpoint", str(checkpoint)]
+    prepared = ready(parser.parse_args(options), keep_float=True)
+    x = torch.from_numpy(np.load(made / "d.npz")["x"])
+    assert type(prepared.float_model.stem) is nn.Conv2d
+    with torch.inference_mode():
+        assert torch.allclose(prepared.float_model(x), weights.eval()(x), atol=1e-5)
 
 
 def test_a_page_beside_the_files(as_json, tmp_path, monkeypatch):
@@ -286,12 +369,16 @@ def test_a_page_beside_the_files(as_json, tmp_path, monkeypatch):
         path.write_text("page")
 
     monkeypatch.setattr("pytorch_quant.html_report.report", report)
+    (tmp_path / "r.yaml").write_text("torch.nn.Linear: INT8\nstem: null")
     data = as_json(
         *("quantize", SPEC, "--data", tmp_path / "d.npz", "--batch-size", 2, "--html", "-q"),
+        *("--rules", tmp_path / "r.yaml"),
         *("--evaluate", tmp_path / "d.npz", "--output", tmp_path / "out"),
     )
     assert data["files"]["html"] == str(tmp_path / "out" / "report.html")
     assert seen["batches"] == 4 and list(seen["accuracy"]) == ["float", "quantized"]
+    assert type(seen["float_model"].fc) is nn.Linear
+    assert seen["rules"] == {nn.Linear: "INT8", "stem": None}
 
 
 def test_wrong_things_are_said_before_the_work(run, tmp_path, monkeypatch):

@@ -44,6 +44,15 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
         ("command_models:ready_made", {"a": 1}, ValueError, "no --model-arg"),
         ("no_such_module:f", {}, ModuleNotFoundError, "no module 'no_such_module'"),
         ("no_such_file.py:f", {}, FileNotFoundError, "no_such_file.py"),
+        (":build", {}, ValueError, "give module:function or file.py:function"),
+        ("command_models:", {}, ValueError, "give module:function or file.py:function"),
+        (
+            "command_models:build",
+            {"a": 1},
+            RuntimeError,
+            "'command_models:build' could not be .*'a'",
+        ),
+        ("command_models:fails", {}, RuntimeError, "fails' could not be built: KeyError: 'inside'"),
     ],
 )
 def test_wrong_names(spec, arguments, error, message):
@@ -95,6 +104,12 @@ def test_checkpoints_that_are_none(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(path)
+    torch.save(nn.Linear(200, 20).state_dict(), path)
+    whole = path.read_bytes()
+    for length in (0, len(whole) // 4, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"c\.pt is no checkpoint.* \w+$|c\.pt is no .*: \w+"):
+            read_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "none.pt")
 

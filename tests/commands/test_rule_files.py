@@ -72,6 +72,7 @@ def test_nothing_is_imported():
         ("[fc]", "mapping"),
         ("fc: off", "scheme or null, got False"),
         ("fc: [", "no YAML file"),
+        ("fc: None", "to leave it float write null, got 'None'"),
     ],
 )
 def test_wrong_files(written, text, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pytorch_quant.commands.outcome import one_line
 from pytorch_quant.commands.samples import forward, open_data, top1
 
 Image = pytest.importorskip("PIL.Image")
@@ -81,6 +82,9 @@ def test_several_arrays_are_keywords(tmp_path):
         ({"x": np.ones((3, 2)), "labels": np.ones(3)}, "whole numbers of shape"),
         ({"x": np.ones((3, 2)), "labels": np.ones(2, int)}, "same number of samples"),
         ({"labels": np.ones(2, int)}, "no inputs"),
+        ({"x": np.ones((2, 2)), "labels": np.array([0, -1])}, "count from 0, got -1"),
+        ({"x": np.array(["a", "b"])}, "'x' cannot be a tensor"),
+        ({"x": np.ones((2, 2), ">f4")}, "'x' cannot be a tensor"),
         ({"x": np.ones((0, 2))}, "at least one"),
         ({"x": np.array([{}])}, "plain arrays"),
     ],
@@ -97,6 +101,13 @@ def test_wrong_places(tmp_path):
     with pytest.raises(ValueError, match="neither a folder of images nor"):
         open_data(options(tmp_path / "d.txt"), nn.Identity(), None)
     with pytest.raises(ValueError, match="npz is no"):
+        open_data(options(tmp_path / "d.npz"), nn.Identity(), None)
+    (tmp_path / "d.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="npz is no"):
+        open_data(options(tmp_path / "d.npz"), nn.Identity(), None)
+    with open(tmp_path / "d.npz", "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ValueError, match=r"write it with np\.savez"):
         open_data(options(tmp_path / "d.npz"), nn.Identity(), None)
     with pytest.raises(FileNotFoundError):
         open_data(options(tmp_path / "none"), nn.Identity(), None)
@@ -128,7 +139,7 @@ def test_images_without_labels(tmp_path):
     picture(tmp_path / "1.jpg")
     batches = open_data(options(tmp_path, image_size=8), nn.Identity(), None)
     assert not batches.labelled and [len(part) for part in batches] == [1]
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="need labels"):
         top1(nn.Flatten(), batches, name="x", progress=False)
 
 
@@ -165,7 +176,7 @@ def test_the_transform_of_the_weights(tmp_path):
     assert batch[0].shape == (1, 3, 8, 8)
 
 
-def test_wrong_folders(tmp_path):
+def test_wrong_folders(tmp_path, monkeypatch):
     def refused(folder, message):
         with pytest.raises(ValueError, match=message):
             list(open_data(options(folder), nn.Identity(), None))
@@ -183,9 +194,21 @@ def test_wrong_folders(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.png").write_bytes(b"\x89PNG")
     refused(tmp_path / "broken", "1.png is no image that can be read")
+    # Pillow has errors that are no OSError.
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        refused(tmp_path / "gap" / "cat", "1.png is no image that can be read.*bomb")
     picture(tmp_path / "fine" / "1.png")
     with pytest.raises(ValueError, match="--resize 8 is smaller"):
         open_data(options(tmp_path / "fine", resize=8, image_size=16), nn.Identity(), None)
+
+
+def test_an_error_in_another_process_is_one_line(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError) as caught:
+        list(open_data(options(tmp_path, workers=1), nn.Identity(), None))
+    assert one_line(caught.value).startswith(f"{tmp_path / '1.png'} is no image that can be read")
+    assert "Traceback" not in one_line(caught.value)
 
 
 def test_top1(tmp_path):

@@ -19,7 +19,7 @@ def test_the_example(launcher, processes):
     places = (str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), "--method", "entropy"],
+        [sys.executable, *launcher, str(SCRIPT), "--method", "entropy", "--smoke"],
         capture_output=True,
         text=True,
         env=environment,
@@ -28,7 +28,10 @@ def test_the_example(launcher, processes):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["quantizer", "method", "amax", "values", "clipped"]
-    assert lines[-3].endswith(f"batches on {processes} process(es), method entropy")
+    # Fewer than all images, the last batch smaller than the others.
+    assert lines[-3].startswith("5 batches on") and lines[-3].endswith(
+        f"batches on {processes} process(es), method entropy"
+    )
     assert lines[-2:] == ["equal on all processes: True", "equal to one process:   True"]
     # One process prints.
     assert sum(line.startswith("quantizer") for line in lines) == 1

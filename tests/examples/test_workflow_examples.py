@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_ptq_resnet(run, tmp_path, build):
     assert accuracy[f"{best}, reloaded"] == accuracy[best]
     assert abs(accuracy["int8.onnx in ONNX Runtime"] - accuracy[best]) < 0.5
     assert size(tmp_path / "int8.onnx") < 0.3 * size(tmp_path / "float32.onnx")
-    assert "on residual branches 4" in output
+    assert "residual additions with quantizers: 4" in output
     # The tutorial's way quantizes a classifier of ten classes, too; `quantize` leaves it float.
     assert f"lint for tensorrt: {int(build == 'initialize')} finding(s)" in output
     # One pass of the data, whatever the number of methods.
@@ -102,6 +103,13 @@ def test_dynamic_lstm(run, tmp_path):
         assert after[1] < 0.45 * before[1]
     kinds = [node.op_type for node in onnx.load(tmp_path / "lstm_int8.onnx").graph.node]
     assert kinds.count("DynamicQuantizeLSTM") == 2
+    for name in ("lstm", "transformer"):
+        weights = onnx.load(tmp_path / f"{name}_int8.onnx").graph.initializer
+        # From the size of a square matrix of the network's width on.
+        large = {w.name: w.data_type for w in weights if math.prod(w.dims) >= 64 * 64}
+        left = [n for n, kind in large.items() if kind == onnx.TensorProto.FLOAT]
+        assert left == ["embedding.weight"] and len(large) >= 6
+    assert output.count("speedup") == 2
     of_float, of_simulation = zip(*re.findall(r"by ([\d.]+)%.* by ([\d.]+)%", output), strict=True)
     assert all(0 < float(share) < 3 for share in of_float)
     assert all(float(share) < 0.3 for share in of_simulation)
