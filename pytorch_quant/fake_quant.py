@@ -80,6 +80,10 @@ def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     if torch.compiler.is_compiling() or not blockwise.is_plain(x, scale):
         # A compiler fuses this; what is written in place would have to be undone.
         return (_rounded(x, scale, fmt) * scale).to(x.dtype)
+    return _plain_values(x, scale, fmt)
+
+
+def _plain_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     # Modes of torch functions that are active around a model have no part in what is done here.
     with torch._C.DisableTorchFunction():
         y = _values_at_once(x, scale, fmt)
@@ -186,7 +190,7 @@ class _FakeQuantizeNow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, amax: Tensor, scale: Tensor, fmt: Format) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, amax)
-        return _fake_quantize_values(x, scale, fmt)
+        return _plain_values(x, scale, fmt)
 
     backward = _FakeQuantize.backward
 
@@ -246,7 +250,7 @@ def fake_quantize(
     if torch.compiler.is_compiling() or not blockwise.is_plain(x, amax):
         return _FakeQuantize.apply(x, amax, scale, fmt)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _fake_quantize_values(x, scale, fmt)
+        return _plain_values(x, scale, fmt)
     return _FakeQuantizeNow.apply(x, amax, scale, fmt)
 
 

@@ -64,7 +64,9 @@ class KeptWeights:
             return quantizer._process(weight()) if ready is None else ready
         if not self.scopes or qdq.exporting_to_onnx() or not is_plain(*sources):
             return quantizer._process(weight())
-        held = (*sources, *(b for b in quantizer.buffers() if b.numel()))
+        # Walking over modules takes longer than the rest, and a range that is learned has them.
+        buffers = quantizer.buffers() if quantizer._modules else quantizer._buffers.values()
+        held = (*sources, *(b for b in buffers if b is not None and b.numel()))
         key = (autocast, torch.get_autocast_dtype(device) if autocast else None)
         key += tuple((id(t), t.data_ptr(), t.dtype, t.shape) for t in held)  # type: ignore[assignment]
         found = self._values.get(key)

@@ -99,6 +99,11 @@ def _of_brevitas(amax: Tensor) -> FakeQuantize:
         Int8ActPerTensorFixedPoint,
     )
 
-    # Its range is its own; what is compared is the time.
-    layer = QuantIdentity(Int8ActPerTensorFixedPoint).to(amax.device)
-    return lambda x: getattr(layer(x), "value", layer(x))
+    # Its range is its own; what is compared is the time. In training it would collect statistics.
+    layer = QuantIdentity(Int8ActPerTensorFixedPoint).to(amax.device).eval()
+
+    def run(x: Tensor) -> Tensor:
+        result = layer(x)
+        return getattr(result, "value", result)
+
+    return run
