@@ -9,7 +9,10 @@ calibrate(model, batches, method="percentile")
 export_onnx(model, example_input, "model.onnx")
 """
 
-from pytorch_quant import calib, nn, qat, quant_modules, tensor_quant
+from pytorch_quant import calib, qat, quant_modules, tensor_quant
+
+# Not in __all__, because a star would hide the nn of torch.
+from pytorch_quant import nn as nn
 from pytorch_quant._version import __version__
 from pytorch_quant.analysis import (
     compare_models,

@@ -141,3 +141,8 @@ def test_nothing_happens_at_import():
     done = subprocess.run([sys.executable, "-W", "error", "-c", PROBE], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == done.stderr == b""
+
+
+def test_a_star_leaves_the_nn_of_torch():
+    code = "from torch import nn\nfrom pytorch_quant import *\nassert nn.__name__ == 'torch.nn'\n"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,7 @@ TITLES = {
     "fake_quant": "## Fake quantization",
     "inference_overhead": "## Inference",
     "qat_step": "## Training",
+    "qat_memory": "## Memory of training",
 }
 
 

@@ -20,14 +20,20 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Add `--quick`, `--rounds`, `--device`, `--compile`, `--json` and `--return-memory`."""
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--quick`, `--device` and `--json`."""
     add = parser.add_argument
     add("--quick", action="store_true", help="small tensors and few rounds")
-    add("--rounds", type=int, default=rounds, help=f"rounds of each timing (default: {rounds})")
     add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--compile", action="store_true", help="measure compiled code as well")
     add("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the common options, `--rounds`, `--compile` and `--return-memory`."""
+    add_common_options(parser)
+    add = parser.add_argument
+    add("--rounds", type=int, default=rounds, help=f"rounds of each timing (default: {rounds})")
+    add("--compile", action="store_true", help="measure compiled code as well")
     add(
         "--return-memory",
         action="store_true",
@@ -43,6 +49,8 @@ def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; use --device cpu")
+    if not hasattr(args, "rounds"):
+        return args
     if args.quick:
         args.rounds = min(args.rounds, 2)
     if not args.return_memory:
