@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,7 +234,7 @@ class _OpenVino(Session):
             "INFERENCE_PRECISION_HINT": "f32",
         }
         try:
-            core = openvino.Core()
+            core = _openvino_core(openvino)
             with _OnDisk(model) as path:
                 self._compiled = core.compile_model(core.read_model(path), "CPU", options)
         except Exception as error:
@@ -255,6 +256,24 @@ class _OpenVino(Session):
         ]
         self._idle.put(request)
         return results
+
+
+_CORE_LOCK = threading.Lock()
+_CORES: list[Any] = []
+
+
+def _openvino_core(openvino: Any) -> Any:
+    """The one `openvino.Core` of this process, which is never given back.
+
+    The CPU plugin that comes with it gives the thread a stack for signals, and when it goes puts
+    back the stack that it found. Where two of them go in the order in which they came, that one is
+    gone already (OpenVINO 2026.4), and the next signal, Ctrl-C or the end of a data loader's
+    process, is a segmentation fault.
+    """
+    with _CORE_LOCK:
+        if not _CORES:
+            _CORES.append(openvino.Core())
+        return _CORES[0]
 
 
 class _Reference(Session):

@@ -3,6 +3,8 @@ import copy
 import dataclasses
 import io
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import onnx
@@ -23,6 +25,19 @@ from pytorch_quant import (
 )
 from pytorch_quant.export import runtime
 from pytorch_quant.export.engines import fastest_engine, installed
+
+# The older model goes first, as garbage collection may have it.
+DROPPED_IN_ORDER = """
+import signal, subprocess, sys
+from pytorch_quant import load
+
+first = load(sys.argv[1], "openvino")
+second = load(sys.argv[1], "openvino")
+del first
+del second
+signal.signal(signal.SIGCHLD, lambda *_: print("a signal was handled"))
+subprocess.run([sys.executable, "-c", ""])
+"""
 
 ENGINES = [
     "onnxruntime",
@@ -316,3 +331,14 @@ def test_openvino_loads_rows_joined_before_a_product(tmp_path, exported):
     assert "X1" not in [finding.rule for finding in lint_onnx(tmp_path / "m.onnx", "openvino")]
     found = load(tmp_path / "m.onnx", "openvino")(x)
     torch.testing.assert_close(found, model(x).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="OpenVINO is not installed")
+@pytest.mark.skipif(sys.platform == "win32", reason="other signals")
+def test_signals_are_handled_after_openvino_models_are_gone(tmp_path):
+    model = nn.Linear(4, 4).eval()
+    export_onnx(model, torch.randn(2, 4), tmp_path / "m.onnx")
+    command = [sys.executable, "-c", DROPPED_IN_ORDER, str(tmp_path / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "a signal was handled" in done.stdout
