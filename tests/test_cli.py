@@ -129,6 +129,15 @@ def test_an_interrupt(run, demo):
     assert run("demo", "--json") == (130, "", "interrupted\n")
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which it does not set up in a shell's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_that_others_turn_into_an_error(run, demo):
     def exporting():
         try:
