@@ -71,8 +71,7 @@ def quantize_to_codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 
 def _rounded(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    wide = x.float() if x.dtype in _HALF_TYPES else x
-    return fmt.round(wide / torch.where(scale > 0, scale, 1.0))
+    return fmt.round(_wide(x) / torch.where(scale > 0, scale, 1.0))
 
 
 def _fake_quantize_values(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -101,6 +101,26 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cpu", help="where it runs; default cpu")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`, of commands that take a model as `quantize` left it."""
+    parser.add_argument("--checkpoint", metavar="FILE", help="quantized.pt of `quantize`")
+
+
+def add_ready(parser: argparse.ArgumentParser, *, group_help: str, target: str) -> None:
+    """What `preparation.ready` makes a quantized model of.
+
+    Args:
+        parser: Of the command.
+        group_help: About the data.
+        target: What the runtime is for.
+    """
+    add_network(parser)
+    add_checkpoint(parser)
+    add_data(parser, required=True, samples=64, group_help=group_help)
+    add_calibration(parser)
+    add_target(parser, target, default=None)
+
+
 def add_data(
     parser: argparse.ArgumentParser, *, required: bool, samples: int, group_help: str
 ) -> None:

@@ -158,8 +158,7 @@ def ready(
     """The model that the options name: from a quantized checkpoint, else calibrated on the data.
 
     Args:
-        options: Those of `add_network`, `add_data`, `add_calibration` and `--checkpoint`, and
-            `--target` with the default None.
+        options: Those of `add_ready`.
         keep_float: Copy the float model, where there is one.
         labelled: Whether the data has to have labels.
 

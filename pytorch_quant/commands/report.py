@@ -5,14 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pytorch_quant.commands.arguments import (
-    add_calibration,
-    add_command,
-    add_data,
-    add_network,
-    add_quiet,
-    add_target,
-)
+from pytorch_quant.commands.arguments import add_command, add_quiet, add_ready
 from pytorch_quant.commands.outcome import Outcome
 
 
@@ -30,11 +23,7 @@ def add(commands: Any) -> None:
         example="pytorch-quant report resnet18 --checkpoint runs/resnet18/quantized.pt \\\n"
         "    --data images/ --accuracy --latency --output report.html",
     )
-    add_network(parser)
-    parser.add_argument("--checkpoint", metavar="FILE", help="quantized.pt of `quantize`")
-    add_data(parser, required=True, samples=64, group_help="labelled, for --accuracy")
-    add_calibration(parser)
-    add_target(parser, "the runtime", default=None)
+    add_ready(parser, group_help="labelled, for --accuracy", target="the runtime")
     group = parser.add_argument_group("page")
     group.add_argument(
         "--output", default="report.html", metavar="FILE", help="default report.html"

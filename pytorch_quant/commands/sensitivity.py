@@ -5,15 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pytorch_quant.commands.arguments import (
-    add_calibration,
-    add_command,
-    add_data,
-    add_network,
-    add_quiet,
-    add_target,
-    not_negative,
-)
+from pytorch_quant.commands.arguments import add_command, add_quiet, add_ready, not_negative
 from pytorch_quant.commands.outcome import Outcome, UsageError
 
 _EXAMPLE = """pytorch-quant sensitivity resnet18 --weights DEFAULT --data images/ --by fisher \\
@@ -33,11 +25,11 @@ def add(commands: Any) -> None:
         "and calibrated on the\nsame data first, or comes from a quantized checkpoint.",
         example=_EXAMPLE,
     )
-    add_network(parser)
-    parser.add_argument("--checkpoint", metavar="FILE", help="quantized.pt of `quantize`")
-    add_data(parser, required=True, samples=64, group_help="labelled, for loss, fisher, evaluate")
-    add_calibration(parser)
-    add_target(parser, "the runtime whose placement is used", default=None)
+    add_ready(
+        parser,
+        group_help="labelled, for loss, fisher, evaluate",
+        target="the runtime whose placement is used",
+    )
     group = parser.add_argument_group("ranking")
     group.add_argument(
         "--by",

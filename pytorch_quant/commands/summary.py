@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pytorch_quant.commands.arguments import add_command, add_network
+from pytorch_quant.commands.arguments import add_checkpoint, add_command, add_network
 from pytorch_quant.commands.outcome import Outcome, UsageError
 
 
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         example="pytorch-quant summary resnet18 --checkpoint runs/resnet18/quantized.pt",
     )
     add_network(parser)
-    parser.add_argument("--checkpoint", metavar="FILE", help="quantized.pt of `quantize`")
+    add_checkpoint(parser)
 
 
 def _run(options: argparse.Namespace) -> Outcome:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytorch_quant.export.lint import check_target
 from pytorch_quant.export.lint.graph import Graph, Node, open_graph
-from pytorch_quant.export.lint.grids import E4M3, code_type, source_dq, weight_input
+from pytorch_quant.export.lint.grids import reads_fp8, weight_input
 from pytorch_quant.export.lint.runtimes import VERDICTS
 from pytorch_quant.export.lint.runtimes.operands import ON_CODES, judged, on_codes
 from pytorch_quant.tables import aligned
@@ -107,7 +107,9 @@ def predict_int8(path: str | os.PathLike[str] | ModelProto, target: str = "tenso
             runs, reason = False, f"an operator of ONNX Runtime, which {target} does not have"
         else:
             runs, reason = VERDICTS[target](graph, node)
-        rows.append(Row(node.name, node.op, runs, reason, _macs(graph, node), _fp8(graph, node)))
+        rows.append(
+            Row(node.name, node.op, runs, reason, _macs(graph, node), reads_fp8(graph, node))
+        )
     return Prediction(target, rows)
 
 
@@ -117,12 +119,6 @@ def _sizes(graph: Graph, tensor: str) -> tuple[int, ...] | None:
         return None
     known = (shape[0] or 1, *shape[1:])
     return None if None in known else tuple(size or 0 for size in known)
-
-
-def _fp8(graph: Graph, node: Node) -> bool:
-    """Whether the node reads FP8 codes."""
-    dqs = [source_dq(graph, name) for name in node.inputs if name]
-    return any(dq is not None and code_type(graph, dq) == E4M3 for dq in dqs)
 
 
 def _macs(graph: Graph, node: Node) -> int | None:

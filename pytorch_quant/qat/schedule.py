@@ -118,13 +118,14 @@ class QATSchedule:
             ValueError: a learned range is not in the optimizer, or shares its group with other
                 parameters and is to be frozen; nothing is counted then.
         """
+        learned = {} if optimizer is None else range_parameters(self._model)
         if optimizer is not None:
-            self._check_groups(optimizer)
+            self._check_groups(optimizer, learned)
         self.done += 1
         if self.done in (self._batchnorm_at, self._ranges_at):
             self._switch()
         if optimizer is not None:
-            self._set_rates(optimizer)
+            self._set_rates(optimizer, learned)
         elif self._ranges in ("lsq", "pact") and self.done == self._ranges_at:
             freeze_ranges(self._model)
 
@@ -168,26 +169,28 @@ class QATSchedule:
         if self._ranges == "moving" and not self.ranges_frozen:
             self._stop_moving = update_ranges(self._model, self._momentum)
 
-    def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+    def _set_rates(
+        self, optimizer: torch.optim.Optimizer, learned: dict[str, nn.Parameter]
+    ) -> None:
         share = min(self.done / self._steps, 1.0)
         factor = (1 + math.cos(math.pi * share)) / 2
         factor = self._min_factor + (1 - self._min_factor) * factor
-        learned = {id(p) for p in range_parameters(self._model).values()}
+        ranges = {id(p) for p in learned.values()}
         for group in optimizer.param_groups:
             first = group.setdefault("initial_lr", group["lr"])
-            own = group["params"] and all(id(p) in learned for p in group["params"])
+            own = group["params"] and all(id(p) in ranges for p in group["params"])
             new = 0.0 if own and self.ranges_frozen else first * factor
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(new)
             else:
                 group["lr"] = new
 
-    def _check_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        learned = {id(p): name for name, p in range_parameters(self._model).items()}
+    def _check_groups(
+        self, optimizer: torch.optim.Optimizer, learned: dict[str, nn.Parameter]
+    ) -> None:
         if self._ranges in ("lsq", "pact"):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            trained = {id(p) for p in self._model.parameters() if p.requires_grad}
-            missing = [name for key, name in learned.items() if key in trained - held]
+            missing = [n for n, p in learned.items() if p.requires_grad and id(p) not in held]
             if missing:
                 raise ValueError(
                     f"{len(missing)} learned range(s) are not in the optimizer, such as "
@@ -196,8 +199,9 @@ class QATSchedule:
                 )
         if self._ranges_at is None:
             return
+        names = {id(p): name for name, p in learned.items()}
         for group in optimizer.param_groups:
-            inside = [learned[id(p)] for p in group["params"] if id(p) in learned]
+            inside = [names[id(p)] for p in group["params"] if id(p) in names]
             if inside and len(inside) < len(group["params"]):
                 raise ValueError(
                     f"the range {inside[0]} is in one group with other parameters, whose learning "

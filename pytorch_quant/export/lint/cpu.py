@@ -8,7 +8,7 @@ import numpy as np
 
 from pytorch_quant.export.lint.finding import Problem, rule
 from pytorch_quant.export.lint.graph import Graph, Node
-from pytorch_quant.export.lint.grids import E4M3, INT8, code_type, dqs_of, source_dq
+from pytorch_quant.export.lint.grids import INT8, code_type, dqs_of, reads_fp8, source_dq
 from pytorch_quant.export.lint.operators import WEIGHTED
 from pytorch_quant.export.lint.runtimes import VERDICTS
 from pytorch_quant.export.lint.runtimes.operands import float_operand, judged
@@ -98,7 +98,6 @@ def float_in_spite(graph: Graph) -> Iterator[Problem]:
 def _what_would_help(graph: Graph, node: Node) -> str:
     if "BatchNormalization" in {reader.op for reader in graph.consumers(node.outputs[0])}:
         return "fold it before quantize(): fold_batchnorm(model, example_inputs)"
-    sources = [source_dq(graph, name) for name in node.inputs if name]
-    if any(dq is not None and code_type(graph, dq) == E4M3 for dq in sources):
+    if reads_fp8(graph, node):
         return "quantize in INT8, for which it has kernels"
     return f'place for this runtime: quantize(..., placement="{graph.target}")'

@@ -97,6 +97,12 @@ def source_dq(graph: Graph, tensor: str) -> Node | None:
     return node
 
 
+def reads_fp8(graph: Graph, node: Node) -> bool:
+    """Whether an input of the node comes from FP8 codes."""
+    dqs = [source_dq(graph, name) for name in node.inputs if name]
+    return any(dq is not None and code_type(graph, dq) == E4M3 for dq in dqs)
+
+
 def moves(node: Node) -> bool:
     """Whether the node keeps the grid of its first input."""
     if node.op == "Resize":
