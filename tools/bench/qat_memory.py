@@ -19,54 +19,43 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 
 import torch
-from run_options import add_common_options, checked, finish
+from qat_networks import EVERYWHERE, FLOAT, LAYERS, network
+from run_options import add_common_options, checked, finish, return_freed_memory
 from timing import Row, bounded
-from torch import nn
 from torch.nn import functional as F
 
-from pytorch_quant import calibrate, qat, quantize
-from pytorch_quant.models import BasicBlock, ResNet, resnet50
+from pytorch_quant import calibrate, qat
+from pytorch_quant.models import resnet50
 
 LIMIT = 1.25
 STEPS = 2
 MIB = 2**20
 # What is quantized, and whether the backward pass quantizes again.
 CASES = {
-    "float": ("", False),
-    "pytorch_quant": ("layers", False),
-    "pytorch_quant in `rematerialize`": ("layers", True),
-    "pytorch_quant with its additions": ("all", False),
-    "pytorch_quant with its additions in `rematerialize`": ("all", True),
+    "float": (FLOAT, False),
+    "pytorch_quant": (LAYERS, False),
+    "pytorch_quant in `rematerialize`": (LAYERS, True),
+    "pytorch_quant with its additions": (EVERYWHERE, False),
+    "pytorch_quant with its additions in `rematerialize`": (EVERYWHERE, True),
 }
-
-
-def network(kind: str, quick: bool) -> nn.Module:
-    """The network in float, with quantizers in its layers, or in its additions too."""
-    everywhere = kind == "all"
-    if quick:
-        model: nn.Module = ResNet(
-            BasicBlock, [1, 1, 1, 1], 10, quantize=everywhere, small_input=True, width=8
-        )
-    else:
-        model = resnet50(quantize=everywhere)
-    return quantize(model, placement="none") if kind == "layers" else model
 
 
 def peak(kind: str, again: bool, args: argparse.Namespace) -> int:
     """Bytes at the peak of some training steps; meant for a process of its own.
 
     Args:
-        kind: As for `network`.
+        kind: As for `qat_networks.network`.
         again: Whether to train in `qat.rematerialize`.
         args: The command line.
     """
+    return_freed_memory()
     torch.manual_seed(0)
     pixels = 32 if args.quick else 224
     images = torch.randn(args.batch_size, 3, pixels, pixels, device=args.device)
     targets = torch.randint(0, 10, (args.batch_size,), device=args.device)
     before = _peak(args.device)
-    model = network(kind, args.quick).to(args.device)
-    if kind:
+    model = network(kind, None if args.quick else resnet50).to(args.device)
+    if kind != FLOAT:
         calibrate(model.eval(), [images[:1]], progress=False)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
     for _ in range(STEPS):

@@ -16,6 +16,8 @@ from torch import nn
 from pytorch_quant import calibrate, quantize
 from pytorch_quant.models import BasicBlock, ResNet, resnet18
 
+FLOAT, LAYERS, EVERYWHERE = "float", "layers", "everywhere"
+
 RowsOf = Callable[[dict[str, Any], "Work", str], list[Row]]
 
 
@@ -54,13 +56,8 @@ class Work:
             self.what += ", bfloat16, channels-last"
 
     def models(self) -> dict[str, nn.Module]:
-        """The same network in float and fake-quantized, the latter calibrated, by name.
-
-        What is compared with float, and with other toolkits, has quantizers in its layers, as they
-        have; another one has them at its residual additions and its pooling too.
-        """
-        plain, layers = self._network(False), quantize(self._network(False), placement="none")
-        everywhere = self._network(True)
+        """The same network in float and fake-quantized, the latter calibrated, by name."""
+        plain, layers, everywhere = map(self._network, (FLOAT, LAYERS, EVERYWHERE))
         for model in (layers, everywhere):
             model.load_state_dict(plain.state_dict(), strict=False)
             calibrate(model.eval(), [self.images], progress=False)
@@ -81,15 +78,28 @@ class Work:
             cases, self.args.rounds, device=self.args.device, least_seconds=seconds, title=title
         )
 
-    def _network(self, quantized: bool) -> nn.Module:
-        if self.args.quick:
-            model: nn.Module = ResNet(
-                BasicBlock, [1, 1, 1, 1], 10, quantize=quantized, small_input=True, width=8
-            )
-        else:
-            model = resnet18(quantize=quantized)
+    def _network(self, kind: str) -> nn.Module:
+        model = network(kind, None if self.args.quick else resnet18)
         layout = torch.channels_last if self.args.bfloat16 else torch.contiguous_format
         return model.to(self.args.device, memory_format=layout)
+
+
+def network(kind: str, make: Callable[..., nn.Module] | None) -> nn.Module:
+    """A network to compare.
+
+    Args:
+        kind: `FLOAT`, `LAYERS` with quantizers in its layers, as other toolkits have them, or
+            `EVERYWHERE` with those at its residual additions and its pooling too.
+        make: A ResNet of `pytorch_quant.models`; None for a small one.
+    """
+    everywhere = kind == EVERYWHERE
+    if make is None:
+        model: nn.Module = ResNet(
+            BasicBlock, [1, 1, 1, 1], 10, quantize=everywhere, small_input=True, width=8
+        )
+    else:
+        model = make(quantize=everywhere)
+    return quantize(model, placement="none") if kind == LAYERS else model
 
 
 def measure(args: argparse.Namespace, mode: str, rows_of: RowsOf) -> list[Row]:

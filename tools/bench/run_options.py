@@ -17,7 +17,7 @@ from pytorch_quant.files import written_aside
 
 # malloc.h of the GNU C library.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MOST = 2**31 - 1
+_MOST, _SMALL = 2**31 - 1, 2**16
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +64,21 @@ def keep_freed_memory() -> None:
     By itself it returns large blocks to the system at moments that depend on what was allocated
     before, and takes them back page by page. That can take longer than what is measured.
     """
+    _set_thresholds(_MOST)
+
+
+def return_freed_memory() -> None:
+    """Have the process return large blocks when they are freed, where the C library is GNU's.
+
+    Its resident memory is then what it uses, and does not depend on gaps between blocks.
+    """
+    _set_thresholds(_SMALL)
+
+
+def _set_thresholds(size: int) -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(threshold, _MOST)
+            ctypes.CDLL(None).mallopt(threshold, size)
 
 
 def finish(title: str, rows: Sequence[Row], args: argparse.Namespace, argv: Sequence[str]) -> int:
