@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytorch_quant.batches import call_model, tensors_in
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
-from pytorch_quant.op_kinds import COMPOSITES, METADATA, op_kind, opened
+from pytorch_quant.op_kinds import COMPOSITES, METADATA, note_spelling, op_kind, opened
 from pytorch_quant.plain_pass import plain_forward
 
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
@@ -266,7 +266,10 @@ class _Recorder(TorchFunctionMode):
         self, function: Any, frame: _Frame, given: Any, inputs: tuple[int, ...], made: list[Tensor]
     ) -> None:
         flow, index = self.flow, len(self.flow.calls)
-        op = "script" if function is frame.module else op_kind(function)
+        op = "script"
+        if function is not frame.module:
+            op = op_kind(function)
+            note_spelling(function)
         site = f"{frame.name}/{op}"
         if any(flow.values[i].dtype.is_floating_point for i in inputs):
             site += f"#{frame.counts[op]}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 _SPELLINGS = {
@@ -89,6 +92,10 @@ METADATA = frozenset(
 )
 """Methods that ask for something other than values."""
 
+_IN_PLACE = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "mod")
+)
+
 COMPOSITES = (
     F.multi_head_attention_forward,
     F.softmin,
@@ -115,6 +122,61 @@ def own_name(function: Callable) -> str:
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     name = name.split(".")[0]
     return name.strip("_").removesuffix("_with_indices") or name
+
+
+def writes_first(function: Callable) -> bool:
+    """Whether a function writes its result to its first argument, as `x.add_(y)` and `x += y`."""
+    name = getattr(function, "__name__", "")
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_one_of(function: Callable, functions: Iterable[Callable]) -> bool:
+    """Whether `function` is, as an object, one of `functions`; also where Dynamo traces it."""
+    # Dynamo has no names of functions, and its guards on sets of them can fail at once.
+    for other in functions:  # noqa: SIM110
+        if function is other:
+            return True
+    return False
+
+
+def _spellings() -> dict[str, tuple[Callable, ...]]:
+    places = (torch, Tensor, torch._C.TensorBase, F, torch._C._nn, torch.linalg, operator)
+    kinds: dict[str, dict[Callable, None]] = {}
+    for place in places:
+        for function in vars(place).values():
+            if isinstance(function, _FUNCTION_TYPES):
+                kinds.setdefault(op_kind(function), {})[function] = None
+    return {kind: tuple(functions) for kind, functions in kinds.items()}
+
+
+_FUNCTION_TYPES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+
+SPELLINGS = _spellings()
+"""All functions of torch, of its tensors and of Python's operators by their kind.
+
+Dynamo traces no names of functions. Code that it traces compares a function with these.
+"""
+
+WRITING = {kind: tuple(filter(writes_first, functions)) for kind, functions in SPELLINGS.items()}
+"""Those of `SPELLINGS` that write to their first argument."""
+
+
+def note_spelling(function: Callable) -> None:
+    """Add a function that is not one of torch's own, such as `torch.ops.aten.add.Tensor`."""
+    kind = op_kind(function)
+    # Getters, such as that of `x.T`, and inner functions are other objects each time.
+    passing = isinstance(function, types.MethodWrapperType)
+    passing = passing or "<locals>" in getattr(function, "__qualname__", "")
+    if passing or is_one_of(function, SPELLINGS.get(kind, ())):
+        return
+    SPELLINGS[kind] = (*SPELLINGS.get(kind, ()), function)
+    if writes_first(function):
+        WRITING[kind] = (*WRITING.get(kind, ()), function)
 
 
 def dimensions(name: str) -> str:

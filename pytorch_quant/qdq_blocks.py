@@ -6,8 +6,8 @@ divided by it. Codes of up to 4 bits are INT4, two to a byte, others INT8 or FP8
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pytorch_quant.axes import kept_axes, split_blocks
 from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import Format, IntFormat
-from pytorch_quant.qdq import check_exportable, positive_scale
+from pytorch_quant.qdq import check_exportable, positive_scale, untraced, written_opset
+from pytorch_quant.traced_values import value_behind
 
 OPSET = 21
 """The operator set that brought `block_size` and the 4-bit types."""
@@ -52,10 +53,15 @@ def quantize_dequantize_blocks(
     _check_running_export()
     (a,) = kept_axes(axis, x.dim())
     grid = [n // block_size if i == a else n for i, n in enumerate(x.shape)]
-    scale = block_scale(amax.detach(), fmt, grid, scale_dtype)
-    for clip, q in zip((torch.maximum, torch.minimum), clipped_codes(fmt), strict=False):
-        x = clip(x, (q * scale).repeat_interleave(block_size, a).to(x.dtype))
-    scale = scale.to(x.dtype)
+    value = value_behind(amax)
+    with nullcontext() if value is None else untraced():
+        scale = block_scale((amax if value is None else value).detach(), fmt, grid, scale_dtype)
+        bounds = [
+            (q * scale).repeat_interleave(block_size, a).to(x.dtype) for q in clipped_codes(fmt)
+        ]
+        scale = scale.to(x.dtype).contiguous()
+    for clip, bound in zip((torch.maximum, torch.minimum), bounds, strict=False):
+        x = clip(x, bound)
     kind, zero_point = _zero_points(scale, fmt)
     attributes: dict[str, Any] = {"axis": a, "block_size": block_size}
     codes = torch.onnx.ops.symbolic(
@@ -132,23 +138,11 @@ def _zero_points(scale: Tensor, fmt: Format) -> tuple[torch.dtype | int, Tensor]
 def _check_running_export() -> None:
     """Raise where the `torch.onnx.export` that is running was asked for an older operator set.
 
-    It would write the attribute into a file whose operator set does not know it. The exporter
-    tells nobody what it was asked for, so its arguments are read from the call stack.
+    It would write the attribute into a file whose operator set does not know it.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        is_export = frame.f_code.co_name == "export" and "opset_version" in frame.f_locals
-        if is_export and frame.f_globals.get("__name__") == "torch.onnx":
-            asked = frame.f_locals["opset_version"]
-            if asked is None or asked < OPSET:
-                raise ValueError(
-                    f"blocks need opset {OPSET}, and torch.onnx.export was asked for "
-                    f"{'its default' if asked is None else asked}; pass opset_version={OPSET}, or "
-                    "use export_onnx"
-                )
-            return
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-# As qdq.exporting_to_onnx: for the tracer of a strict export.
-_check_running_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    asked = written_opset()
+    if asked is not None and asked < OPSET:
+        raise ValueError(
+            f"blocks need opset {OPSET}, and torch.onnx.export writes {asked}; pass "
+            f"opset_version={OPSET}, or use export_onnx"
+        )

@@ -16,6 +16,7 @@ from pytorch_quant import qdq
 from pytorch_quant.axes import Axis
 from pytorch_quant.fake_quant import fake_quantize, quantize, straight_through
 from pytorch_quant.formats import FloatFormat, Format, IntFormat, make_format
+from pytorch_quant.traced_values import value_behind
 
 # The smallest positive float16: an amax up to here would need a scale that no float16 holds.
 _ZERO_AMAX = 2.0**-24
@@ -248,11 +249,12 @@ def _save_range(ctx: Any, x: Tensor, amax: Tensor | float) -> None:
 
 
 def _quantize_dequantize(x: Tensor, amax: Tensor | float, fmt: Format) -> Tensor:
+    known = value_behind(amax) if isinstance(amax, Tensor) else amax
     # To the tracer of the TorchScript exporter, shapes are values too.
-    with qdq.meant_as_constants() if torch.jit.is_tracing() else nullcontext():
-        value = _checked_amax(amax, x)
+    with nullcontext() if known is None else qdq.untraced():
+        value = _checked_amax(amax if known is None else known, x)
         shape = (1,) * (x.dim() - value.dim()) + tuple(int(n) for n in value.shape)
         varying = tuple(a for a, n in enumerate(shape) if n != 1)
         value = value.reshape(shape if varying else ())
-        axis: Axis = varying[0] if len(varying) == 1 else varying or None
-        return qdq.quantize_dequantize(x, value, axis, fmt, scale_dtype=x.dtype)
+    axis: Axis = varying[0] if len(varying) == 1 else varying or None
+    return qdq.quantize_dequantize(x, value, axis, fmt, scale_dtype=x.dtype)

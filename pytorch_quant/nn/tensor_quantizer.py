@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from pytorch_quant.nn.compiled import COMPILED_CALIBRATION, left_alone
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
 from pytorch_quant.nn.switches import QuantizerSwitches
+from pytorch_quant.traced_values import with_values
 
 
 class TensorQuantizer(QuantizerSwitches, QuantizerState):
@@ -213,6 +213,18 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             f"{axes.amax_shape(inputs.shape, axis)}"
         )
 
+    def _amax_to_write(self, inputs: Tensor, axis: Axis) -> Tensor:
+        """As `_effective_amax` while an exporter traces, with its values if they are known."""
+        if torch.jit.is_tracing():
+            with qdq.meant_as_constants():
+                return self._effective_amax(inputs, axis)
+        if not self.calibrated:
+            return self._effective_amax(inputs, axis)
+        with with_values(self) as known:
+            if known:
+                return self._effective_amax(inputs, axis)
+        return self._effective_amax(inputs, axis)
+
     # Forward
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -297,7 +309,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             if exporting:
                 if self.needs_amax:
                     self._refuse_export()
-                grid, amax = (self._block_axis(), self._block_size), self._effective_amax(rows, 0)
+                grid, amax = (self._block_axis(), self._block_size), self._amax_to_write(rows, 0)
                 return qdq_blocks.quantize_dequantize_blocks(
                     inputs, amax, *grid, self.format, scale_dtype=_scale_dtype(inputs)
                 )
@@ -318,8 +330,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             return self._write_pair(inputs)
         if (exporting or torch.compiler.is_exporting()) and self.needs_amax:
             self._refuse_export()
-        with qdq.meant_as_constants() if torch.jit.is_tracing() else nullcontext():
-            amax = self._effective_amax(inputs, axis)
+        amax = self._amax_to_write(inputs, axis) if exporting else self._effective_amax(inputs, axis)
         if self._block_size is not None and amax.dim():
             amax = amax.reshape(-1, 1)
         if not self._fake_quant:

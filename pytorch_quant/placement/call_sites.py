@@ -22,7 +22,15 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from pytorch_quant.batches import tensors_in
 from pytorch_quant.nn.locate import calling_model, qualified_name
-from pytorch_quant.op_kinds import COMPOSITES, op_kind, opened
+from pytorch_quant.op_kinds import (
+    COMPOSITES,
+    SPELLINGS,
+    WRITING,
+    is_one_of,
+    op_kind,
+    opened,
+    writes_first,
+)
 from pytorch_quant.placement.attention import NAMES, attention, bound
 from pytorch_quant.placement.plan import Operand
 
@@ -111,9 +119,8 @@ class CallFrame(TorchFunctionMode):
         if func in _OPENED:
             with self:
                 return _OPENED[func](*args, **kwargs)
-        # The compiler warns of caches that it looks through.
-        kind = op_kind(func) if torch.compiler.is_compiling() else _cached_kind(func)
-        if kind not in self.met or not _takes_floats(args, kwargs):
+        kind = self._kind(func)
+        if kind is None or not _takes_floats(args, kwargs):
             return func(*args, **kwargs)
         number = self.met[kind]
         if number >= self.sites.counts[kind]:
@@ -133,6 +140,16 @@ class CallFrame(TorchFunctionMode):
         # Afterwards, as a call that raises is not recorded either.
         self.met[kind] = number + 1
         return result
+
+    def _kind(self, func: Callable) -> str | None:
+        """The kind of a call that is counted; None for all others."""
+        if not torch.compiler.is_dynamo_compiling():
+            kind = _cached_kind(func)
+            return kind if kind in self.met else None
+        for kind in self.met:
+            if is_one_of(func, SPELLINGS.get(kind, ())):
+                return kind
+        return None
 
     def finish(self) -> None:
         """Check, when the forward has returned, that every site was met.
@@ -185,7 +202,8 @@ class CallFrame(TorchFunctionMode):
             return self._quantize_result(quantizers, call, result, operands)
         given, named = list(args), dict(kwargs)
         written = named.get("out") if ("result",) in operands else None
-        if _writes_first(func) and (("result",) in operands or (0,) in operands):
+        rewrites = ("result",) in operands or (0,) in operands
+        if rewrites and _writes_first(func, call.partition("#")[0]):
             # Quantized values are new tensors: what they become has to be written back, and
             # autograd forbids writing to what a quantizer has seen.
             written = given[0]
@@ -299,14 +317,12 @@ def _line() -> Line:
 
 # Where a frame is entered.
 _FRAMES = "pytorch_quant.placement.frames"
-_IN_PLACE = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "matmul", "pow", "mod")
-)
 
 
-def _writes_first(function: Callable) -> bool:
-    name = getattr(function, "__name__", "")
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+def _writes_first(function: Callable, kind: str) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        return is_one_of(function, WRITING.get(kind, ()))
+    return writes_first(function)
 
 
 def _attention_name(name: int | str) -> str:

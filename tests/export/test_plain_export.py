@@ -86,7 +86,7 @@ def test_standard_nodes_with_scales_axes_and_float_weights(tmp_path, dynamo):
 
 
 @EXPORTERS
-@pytest.mark.parametrize("opset", [None, 13, 18, 21])
+@pytest.mark.parametrize("opset", [None, 18, 21])
 def test_runs_as_it_was_simulated(tmp_path, dynamo, opset):
     if opset == 21 and not dynamo:
         pytest.skip("the TorchScript exporter ends at opset 20")
@@ -125,7 +125,9 @@ def test_every_format_runs_as_it_was_simulated(tmp_path, dynamo, fields):
     x = torch.cat([x, x * 3, -x])
     with torch.no_grad():
         model[0].weight.mul_(1.5)
-    export(model, x, tmp_path / "m.onnx", dynamo)
+    # FP8 codes came with opset 19, which is above the default of the oldest torch.
+    options = {"opset_version": 19} if desc.num_bits == (4, 3) else {}
+    export(model, x, tmp_path / "m.onnx", dynamo, **options)
     (got,) = onnx_runs.run(tmp_path / "m.onnx", x.numpy())
     np.testing.assert_allclose(got, model(x).detach(), atol=2e-6)
 
@@ -231,19 +233,16 @@ def test_a_dead_channel_gets_a_positive_scale(tmp_path, dynamo):
     np.testing.assert_allclose(got, model(x).detach(), atol=1e-6)
 
 
+@EXPORTERS
 @pytest.mark.parametrize("bad", [0.0, torch.nan])
-def test_an_activation_without_a_range_is_refused_or_visibly_wrong(tmp_path, bad):
+def test_an_activation_without_a_range_is_refused(tmp_path, dynamo, bad):
     model, x = nn.Sequential(quant_nn.QuantLinear(4, 4)), torch.randn(2, 4)
     calibrate(model, [x], progress=False)
     model[0]._input_quantizer._amax.fill_(bad)
-    with pytest.raises(ValueError, match=r"0\._input_quantizer: amax is (0|nan), from which no sc"):
-        export(model, x, tmp_path / "m.onnx", dynamo=False)
-    file = export(model, x, tmp_path / "m.onnx", dynamo=True)
-    values = constants(file.graph)
-    (node,) = [
-        n for n in file.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input"
-    ]
-    np.testing.assert_array_equal(values[node.input[1]], np.float32(bad))
+    # The current exporter puts the error into one of its own.
+    with pytest.raises(Exception, match=r"0\._input_quantizer: amax is (0|nan), from which no sc"):
+        export(model, x, tmp_path / "m.onnx", dynamo)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 class TwoReaders(nn.Module):
