@@ -14,6 +14,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from pytorch_quant.exporting import exporting
+
 Axis = int | tuple[int, ...] | None
 
 
@@ -116,7 +118,7 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
         return x.new_zeros(shape)
     if not reduced:
         return x.abs()
-    if torch.compiler.is_exporting():
+    if exporting():
         # ONNX exporters translate a reduction over named dimensions only.
         return x.abs().amax(reduced, keepdim=axis is not None)
     if axis is None:

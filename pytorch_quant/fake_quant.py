@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pytorch_quant import blockwise, rematerialized
 from pytorch_quant.axes import Axis
+from pytorch_quant.exporting import exporting, exporting_to_onnx
 from pytorch_quant.formats import Format, IntFormat, parse_format
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -244,7 +245,7 @@ def fake_quantize(
     _check_type(x)
     amax = amax.detach()
     scale = compute_scale(amax, fmt, x.dtype if scale_dtype is None else scale_dtype)
-    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
+    if exporting() and not exporting_to_onnx():
         return _fake_quantize_op(x, amax, scale, fmt.name)
     if torch.compiler.is_compiling() or not blockwise.is_plain(x, amax):
         return _FakeQuantize.apply(x, amax, scale, fmt)

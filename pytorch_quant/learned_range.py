@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pytorch_quant.exporting import exporting
 from pytorch_quant.fake_quant import compute_scale, fake_quantize, in_backward
 from pytorch_quant.formats import Format
 
@@ -61,7 +62,7 @@ def learned_fake_quantize(
     """
     dtype = x.dtype if scale_dtype is None else scale_dtype
     learns = torch.is_grad_enabled() and amax.requires_grad
-    if not learns or torch.compiler.is_exporting():
+    if not learns or exporting():
         return fake_quantize(x, amax, fmt, scale_dtype=dtype)
     return _LearnedFakeQuantize.apply(x, amax, fmt, method, weight, dtype)
 

@@ -7,11 +7,9 @@ traced and stand in the graph as constants; weights are left as they are, under 
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pytorch_quant.axes import Axis
+from pytorch_quant.exporting import written_opset
 from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
 from pytorch_quant.formats import FloatFormat, Format, IntFormat, parse_format
 from pytorch_quant.traced_values import value_behind
@@ -32,17 +31,6 @@ HALF_OPSET = 19
 
 # The lowest set that the current exporter has translations for, and the torch that converts down.
 _TORCHLIB_OPSET, _CONVERTS_DOWN = 18, (2, 9)
-
-
-def exporting_to_onnx() -> bool:
-    """Whether an ONNX exporter is running, by whichever route it traces the model.
-
-    The tracer of a strict export takes `torch.onnx.is_in_onnx_export()` for False; it calls this
-    function instead.
-    """
-    return torch.onnx.is_in_onnx_export()
-
-
 
 
 def quantize_dequantize(
@@ -126,21 +114,6 @@ def _recorded(x: Tensor, scale: Tensor, channel_axis: int | None, fmt: Format) -
     return y.to(kind)
 
 
-def written_opset() -> int | None:
-    """The operator set that the `torch.onnx.export` which is running was asked for.
-
-    None where it cannot be told. The exporter tells nobody, so it is read from the call stack.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("torch.onnx"):
-            asked = frame.f_locals.get("opset_version")
-            if isinstance(asked, int):
-                return asked
-        frame = frame.f_back
-    return None
-
-
 def check_opset(opset: int | None, fmt: Format, axis: int | None) -> None:
     """Raise where an operator set has no form of a pair; None passes.
 
@@ -158,11 +131,6 @@ def check_opset(opset: int | None, fmt: Format, axis: int | None) -> None:
                 f"{what} need opset {needed}, and torch.onnx.export was asked for {opset}; pass "
                 f"opset_version={needed} or more"
             )
-
-
-# What torch.compiler.assume_constant_result sets, without the second that importing it takes.
-exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
-written_opset._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_exportable(fmt: Format, axis: Axis) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pytorch_quant.axes import kept_axes, split_blocks
+from pytorch_quant.exporting import written_opset
 from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import Format, IntFormat
-from pytorch_quant.qdq import check_exportable, positive_scale, untraced, written_opset
+from pytorch_quant.qdq import check_exportable, positive_scale, untraced
 from pytorch_quant.traced_values import value_behind
 
 OPSET = 21

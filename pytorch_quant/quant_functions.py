@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pytorch_quant import qdq
 from pytorch_quant.axes import Axis
+from pytorch_quant.exporting import exporting_to_onnx
 from pytorch_quant.fake_quant import fake_quantize, quantize, straight_through
 from pytorch_quant.formats import FloatFormat, Format, IntFormat, make_format
 from pytorch_quant.traced_values import value_behind
@@ -79,7 +80,7 @@ class FakeTensorQuantFunction(torch.autograd.Function):
         narrow_range: bool = True,
     ) -> Tensor:
         """The fake-quantized tensor; a Q/DQ pair while an ONNX exporter runs."""
-        if qdq.exporting_to_onnx():
+        if exporting_to_onnx():
             fmt = _integer_format(num_bits, unsigned, narrow_range)
             return _quantize_dequantize(inputs, amax, fmt)
         return super().apply(inputs, amax, num_bits, unsigned, narrow_range)
@@ -145,7 +146,7 @@ class ScaledE4M3Function(torch.autograd.Function):
     @classmethod
     def apply(cls, input: Tensor, amax: Tensor | float | None, E: int = 4, M: int = 3) -> Tensor:
         """The fake-quantized tensor; a Q/DQ pair while an ONNX exporter runs."""
-        if qdq.exporting_to_onnx():
+        if exporting_to_onnx():
             fmt = _e4m3(E, M)
             return _quantize_dequantize(input, fmt.bound if amax is None else amax, fmt)
         return super().apply(input, amax, E, M)

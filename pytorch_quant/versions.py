@@ -1,4 +1,4 @@
-"""Which torch is running, which were tested, and which is needed for what torch itself once lacked."""
+"""Which torch is running, which were tested, and which can do what older ones cannot."""
 
 from __future__ import annotations
 

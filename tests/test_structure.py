@@ -17,6 +17,9 @@ LAYERS = [
     ("_version", 0),
     ("formats", 0),
     ("axes", 0),
+    ("exporting", 0),
+    ("traced_values", 0),
+    ("versions", 0),
     ("blockwise", 0),
     ("rematerialized", 0),
     ("distributed", 0),
@@ -60,7 +63,17 @@ LAYERS = [
     ("cli", 7),
     ("commands", 7),
 ]
-EXPORT_SEES = {"formats", "axes", "files", "optional", "descriptor", "scheme", "weight_presets"}
+EXPORT_SEES = {
+    "formats",
+    "axes",
+    "exporting",
+    "versions",
+    "files",
+    "optional",
+    "descriptor",
+    "scheme",
+    "weight_presets",
+}
 EXPORT_SEES |= {
     "batches",
     "einsum",

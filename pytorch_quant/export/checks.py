@@ -121,8 +121,10 @@ _HIGHEST_OF_TORCHSCRIPT = 20
 _DEFAULT = 20
 
 
-def choose_opset(model: nn.Module, opset: int | None, *, dynamo: bool = True) -> int | None:
-    """The operator set to ask the exporter for; None leaves it to the exporter.
+def choose_opset(model: nn.Module, opset: int | None, *, dynamo: bool = True) -> int:
+    """The operator set to ask the exporter for.
+
+    By default it is 20, as torch has it from 2.9 on, or what the model needs above that.
 
     Args:
         model: Its parameters and quantizers decide what the file has to hold.
@@ -148,7 +150,7 @@ def choose_opset(model: nn.Module, opset: int | None, *, dynamo: bool = True) ->
             "use dynamo=True"
         )
     if opset is None:
-        return least if least > _DEFAULT else None
+        return max(least, _DEFAULT)
     if dynamo and opset < _LOWEST:
         raise ValueError(
             f"opset={opset} is below {_LOWEST}, the lowest that the exporter writes; leave it out, "

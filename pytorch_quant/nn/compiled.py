@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 
+from pytorch_quant.versions import TORCH
+
+# The torch whose compiler shows the text of an error that the traced code raises.
+_SHOWS_ERRORS = (2, 9)
+
 # A constant, because the compiler shows it, and cannot follow the search for a name.
 COMPILED_CALIBRATION = (
     "a quantizer of a compiled model is collecting statistics, which compiled code cannot do. Call "
@@ -16,6 +21,18 @@ COMPILED_CALIBRATION = (
     "the model that was given to torch.compile, or the compiled one inside "
     '`with torch.compiler.set_stance("force_eager"):`, until disable_calib()'
 )
+
+
+def refuse_calibration() -> None:
+    """Have the compiler leave the code that it traces as it is written, or say why it cannot.
+
+    Raises:
+        RuntimeError: for the compiler, which shows it where one graph is wanted.
+    """
+    if TORCH < _SHOWS_ERRORS:
+        torch._dynamo.skip_frame(msg=COMPILED_CALIBRATION)
+    else:
+        raise RuntimeError(COMPILED_CALIBRATION)
 
 
 def uncompiled() -> AbstractContextManager[Any]:

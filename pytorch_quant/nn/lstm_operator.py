@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant import qdq
+from pytorch_quant.exporting import exporting_to_onnx
 from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
 from pytorch_quant.formats import IntFormat
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
@@ -60,7 +60,7 @@ def is_one_operator(layer: Any) -> bool:
         layer: A quantized recurrent layer, `QuantLSTM` or another.
     """
     # The TorchScript exporter unrolls it over time.
-    if torch.jit.is_tracing() or not qdq.exporting_to_onnx():
+    if torch.jit.is_tracing() or not exporting_to_onnx():
         return False
     return all(name in layer._buffers for name in _buffer_names(0))
 

@@ -13,6 +13,7 @@ from pytorch_quant import axes, qdq, qdq_blocks, qdq_dynamic
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
 from pytorch_quant.descriptor import QuantDescriptor
+from pytorch_quant.exporting import exporting, exporting_to_onnx
 from pytorch_quant.fake_quant import (
     fake_quantize,
     fake_quantize_dynamic,
@@ -22,7 +23,7 @@ from pytorch_quant.fake_quant import (
 from pytorch_quant.formats import Format, IntFormat, make_format
 from pytorch_quant.learned_range import learned_fake_quantize
 from pytorch_quant.nn.clip import Clip
-from pytorch_quant.nn.compiled import COMPILED_CALIBRATION, left_alone
+from pytorch_quant.nn.compiled import left_alone, refuse_calibration
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer_state import QuantizerState
 from pytorch_quant.nn.switches import QuantizerSwitches
@@ -249,9 +250,9 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         return self._process(inputs)
 
     def _process(self, inputs: Tensor) -> Tensor:
-        if self._if_calib and not (self._disabled or qdq.exporting_to_onnx()):
+        if self._if_calib and not (self._disabled or exporting_to_onnx()):
             if torch.compiler.is_dynamo_compiling():
-                raise RuntimeError(COMPILED_CALIBRATION)
+                refuse_calibration()
             left_alone(self._collect_named)(inputs)
         # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
         if self._pre_quant_scale is not None:
@@ -300,13 +301,13 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         try:
             if self._block_size is None:
                 return self._quantize_values(inputs, self._axis)
-            exporting = qdq.exporting_to_onnx()
-            if exporting and self._write_pair is not None:
+            to_onnx = exporting_to_onnx()
+            if to_onnx and self._write_pair is not None:
                 return self._write_pair(inputs)
-            if exporting:
+            if to_onnx:
                 qdq_blocks.check_blocks(inputs, self._block_axis(), self._block_size)
             rows = axes.to_groups(inputs, self._block_axis(), self._block_size)
-            if exporting:
+            if to_onnx:
                 if self.needs_amax:
                     self._refuse_export()
                 grid, amax = (self._block_axis(), self._block_size), self._amax_to_write(rows, 0)
@@ -320,23 +321,23 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             raise kind(f"{self._who()}: {error}") from error
 
     def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
-        exporting = qdq.exporting_to_onnx()
+        to_onnx = exporting_to_onnx()
         if self._dynamic:
-            if exporting:
+            if to_onnx:
                 return qdq_dynamic.dynamic_quantize_dequantize(inputs)
             return fake_quantize_dynamic(inputs)
         axes.kept_axes(axis, inputs.dim())
-        if exporting and self._write_pair is not None:
+        if to_onnx and self._write_pair is not None:
             return self._write_pair(inputs)
-        if (exporting or torch.compiler.is_exporting()) and self.needs_amax:
+        if (to_onnx or exporting()) and self.needs_amax:
             self._refuse_export()
-        amax = self._amax_to_write(inputs, axis) if exporting else self._effective_amax(inputs, axis)
+        amax = self._amax_to_write(inputs, axis) if to_onnx else self._effective_amax(inputs, axis)
         if self._block_size is not None and amax.dim():
             amax = amax.reshape(-1, 1)
         if not self._fake_quant:
             return quantize(inputs, amax, self.format)[0]
         dtype = _scale_dtype(inputs)
-        if exporting:
+        if to_onnx:
             axis = self._amax_axis(amax, axis)
             return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
         if self._range_method is not None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant import qdq
 from pytorch_quant.blockwise import is_plain
+from pytorch_quant.exporting import exporting, exporting_to_onnx
 from pytorch_quant.nn.modes import weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
@@ -60,9 +60,9 @@ class KeptWeights:
         device = sources[0].device.type
         autocast = torch.is_autocast_enabled(device)
         if torch.compiler.is_compiling():
-            ready = None if torch.compiler.is_exporting() or autocast else self.ready
+            ready = None if exporting() or autocast else self.ready
             return quantizer._process(weight()) if ready is None else ready
-        if not self.scopes or qdq.exporting_to_onnx() or not is_plain(*sources):
+        if not self.scopes or exporting_to_onnx() or not is_plain(*sources):
             return quantizer._process(weight())
         # Walking over modules takes longer than the rest, and a range that is learned has them.
         buffers = quantizer.buffers() if quantizer._modules else quantizer._buffers.values()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pytorch_quant import qdq
+from pytorch_quant.exporting import exporting_to_onnx
 
 Quantize = Callable[[str, Tensor], Tensor]
 
@@ -72,7 +73,7 @@ def attention(
             scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf)
         else:
             scores = scores + attn_mask
-    if attn_mask is None or is_causal or qdq.exporting_to_onnx():
+    if attn_mask is None or is_causal or exporting_to_onnx():
         probabilities = scores.softmax(-1)
     else:
         blank = (scores == -torch.inf).all(-1, keepdim=True)
@@ -90,4 +91,5 @@ NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"
 
 def bound(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the torch function, all by name."""
-    return {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    # Of equal lengths: Dynamo of torch 2.8 takes every zip for a strict one.
+    return {**dict(zip(NAMES[: len(args)], args, strict=True)), **kwargs}

@@ -114,6 +114,9 @@ class CallFrame(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:
+            # Written in Python, with a super() that Dynamo of torch 2.8 does not trace.
+            func = torch.unflatten
         if self.blind:
             return func(*args, **kwargs)
         if func in _OPENED:

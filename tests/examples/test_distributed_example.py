@@ -26,7 +26,8 @@ def test_the_example(launcher, processes):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    # Gloo of torch 2.8 prints its connections there.
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert lines[0].split() == ["quantizer", "method", "amax", "values", "clipped"]
     # Fewer than all images, the last batch smaller than the others.
     assert lines[-3].startswith("5 batches on") and lines[-3].endswith(

@@ -22,8 +22,9 @@ PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], id
 
 
 def three_linear(dtype=torch.float32, axis=0):
-    weight = {"quant_desc_weight": quant_nn.QuantLinear.default_quant_desc_weight.replace(axis=axis)}
-    model = nn.Sequential(*[quant_nn.QuantLinear(16, 16, **weight) for _ in range(3)]).eval()
+    weight = quant_nn.QuantLinear.default_quant_desc_weight.replace(axis=axis)
+    layers = [quant_nn.QuantLinear(16, 16, quant_desc_weight=weight) for _ in range(3)]
+    model = nn.Sequential(*layers).eval()
     with torch.no_grad():
         model[1].weight[3] = 0  # a dead channel takes the largest scale of its tensor
     x = torch.randn(4, 16)
@@ -81,9 +82,11 @@ def test_three_linear_layers(tmp_path, axis, opset, dynamo, dtype):
         assert scale.dtype == (np.float16 if half else np.float32)
         assert (scale > 0).all() and constants[node.input[2]].dtype == np.int8
     if axis == 0:
-        (scale,) = (constants[n.input[1]] for n in pairs if "1.weight" in n.input[0]) if not (
-            dtype == torch.float16 and not half
-        ) else (constants[pairs[3].input[1]],)
+        (scale,) = (
+            (constants[n.input[1]] for n in pairs if "1.weight" in n.input[0])
+            if not (dtype == torch.float16 and not half)
+            else (constants[pairs[3].input[1]],)
+        )
         assert scale[3] == scale.max()
     (got,) = onnx_runs.run(path, x.numpy())
     with torch.no_grad():
