@@ -60,6 +60,9 @@ from pytorch_quant.scheme import (
     INT8_PER_TENSOR,
     Scheme,
 )
+from pytorch_quant.versions import warn_of_untested
+
+warn_of_untested()
 
 __all__ = [
     "FP8",

@@ -17,6 +17,23 @@ def parsed(version: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+LIMITS = (
+    (
+        "plain `torch.onnx.export(..., dynamo=True)` with `opset_version` below 18",
+        (2, 9),
+        "raises in torch, for float models as well; pass 18 or more, or `dynamo=False`",
+    ),
+    (
+        "gradients of `fully_shard` (FSDP2) on the CPU, averaged over processes",
+        (2, 9),
+        "torch adds them up; divide the loss by the number of processes",
+    ),
+)
+"""What torch itself cannot do before a version: what, the version, and what helps before it.
+
+`tools/matrix.py` writes it into docs/support.md.
+"""
+
 TORCH = parsed(torch.__version__)
 """The torch that is running."""
 

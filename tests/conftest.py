@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from contract_lane import CONTRACT
 from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("repeatable")
+
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the contract lane."""
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix() in CONTRACT:
+            item.add_marker(pytest.mark.contract)
 
 
 @pytest.fixture(autouse=True)

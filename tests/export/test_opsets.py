@@ -15,7 +15,7 @@ from pytorch_quant.qdq import value_behind
 from pytorch_quant.versions import TORCH
 from tests import onnx_runs
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.contract]
+pytestmark = pytest.mark.filterwarnings("ignore")
 OPSETS = [13, 17, 18, 20, 21, 23]
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
