@@ -117,8 +117,11 @@ def lowest_versions(setup: Path = ROOT / "setup.cfg") -> list[str]:
 
 def interpreter(version: str) -> str:
     """An interpreter of this version on the PATH, else the one that is running."""
-    command = shutil.which(f"python{version}")
-    if command is not None:
+    for folder in os.get_exec_path():
+        command = shutil.which(f"python{version}", path=folder)
+        if command is None:
+            continue
+        # Version managers leave a stand-in there that fails where the version is not chosen.
         asked = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
         if asked.returncode == 0 and asked.stdout.startswith(f"Python {version}."):
             return command
@@ -237,7 +240,7 @@ def page(results: dict[str, Result], limits: Sequence[tuple[str, str, str]]) -> 
     lines += ["", *(f"- **{row.name}**: {row.why}." for row in ROWS), ""]
     lines += [
         "`suite` is every test, `contract` those that have to hold on every torch: numerics,",
-        "`torch.compile`, both exporters, `quantize`, programs of pytorch_quantization, checkpoints.",
+        "`torch.compile`, both exporters, `quantize`, old programs, and checkpoints.",
         "Skipped tests need a CUDA device, TensorRT, or torchvision beside a torch that it is not",
         "built for.",
         "",
