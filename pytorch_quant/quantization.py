@@ -141,23 +141,35 @@ def _while_recording() -> Iterator[None]:
         _recording.reset(token)
 
 
-def _check(model: Any, example_inputs: Any, placement: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"quantize takes a module, got {type(model).__name__}")
-    if _recording.get():
-        raise RuntimeError(
-            f"{type(model).__name__}: quantize was called in a forward pass that quantize itself "
-            "is recording; call it outside of forward"
-        )
+def _check_written_in_python(model: Any) -> None:
+    """Raise unless `model` has layers and a forward that quantizers can be placed in."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "a scripted or traced model has no Python forward to place quantizers in; quantize "
             "the module that it was made of"
         )
+    # Its modes are fixed, which is what torch.export puts into the instance.
+    exported = isinstance(model, torch.fx.GraphModule) and {"train", "eval"} <= vars(model).keys()
+    if exported or isinstance(model, torch.export.ExportedProgram):
+        raise TypeError(
+            "the model was exported by torch.export, which has taken its layers apart; quantize "
+            "the module that it was made of, then export that"
+        )
     # The class itself is not asked for: importing the compiler takes seconds.
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         raise RuntimeError(
             "the model is compiled; quantize the original (model._orig_mod), then compile that"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize takes a module, got {type(model).__name__}")
+
+
+def _check(model: Any, example_inputs: Any, placement: Any) -> None:
+    _check_written_in_python(model)
+    if _recording.get():
+        raise RuntimeError(
+            f"{type(model).__name__}: quantize was called in a forward pass that quantize itself "
+            "is recording; call it outside of forward"
         )
     if placement not in PLACEMENTS:
         near = difflib.get_close_matches(str(placement), PLACEMENTS, n=1)

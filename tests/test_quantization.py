@@ -117,8 +117,11 @@ class Lazy(nn.Module):
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize("function", [quantize, lambda m, **k: placement_plan(m, **k)])
 def test_models_that_cannot_be_quantized(function):
+    program = torch.export.export(Net(), (X,))
     cases = [
         (lambda x: x, TypeError, "takes a module, got function"),
+        (program, TypeError, "exported by torch.export.*quantize the module that it was made of"),
+        (program.module(), TypeError, "exported by torch.export.*then export that"),
         (torch.jit.trace(Net(), X), TypeError, "scripted or traced model has no Python forward"),
         (torch.compile(Net()), RuntimeError, r"quantize the original \(model._orig_mod\)"),
         (Net().to("meta"), RuntimeError, "layer.weight is on the meta device"),
