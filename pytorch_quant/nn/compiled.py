@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,15 +35,20 @@ def refuse_calibration() -> None:
         raise RuntimeError(COMPILED_CALIBRATION)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """A context in which compiled models run as they are written.
 
     What was compiled is kept, and used again afterwards.
     """
     # Where the compiler was never loaded, nothing is compiled; loading it takes seconds.
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # Torch 2.12 wonders why a model with fullgraph=True is not compiled.
+        warnings.filterwarnings("ignore", message=".*found no compiled frames")
+        yield
 
 
 def left_alone(function: Callable) -> Callable:

@@ -133,6 +133,7 @@ def test_calibrating_a_compiled_model_runs_it_uncompiled():
     assert_one_graph()
 
 
+@pytest.mark.filterwarnings("ignore:.*found no compiled frames:UserWarning")
 def test_collecting_in_compiled_code_is_explained():
     model = quant_nn.QuantLinear(3, 3)
     x = torch.randn(2, 3)
