@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import onnx
+import onnx_runs
 import pytest
 import torch
 from onnx import numpy_helper
@@ -13,7 +14,6 @@ from pytorch_quant import calibrate
 from pytorch_quant import nn as quant_nn
 from pytorch_quant.qdq import value_behind
 from pytorch_quant.versions import TORCH
-from tests import onnx_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPSETS = [13, 17, 18, 20, 21, 23]
