@@ -1,7 +1,8 @@
 r"""Quantize an image classifier: calibrate, compare methods, fine-tune, export, run.
 
-Needs torchvision, a folder with `train/` and `val/`, one subfolder a class in each, and a float
-checkpoint of a ResNet with as many classes and torchvision's parameter names:
+Needs torchvision, for --export ONNX Runtime, a folder with `train/` and `val/`, one subfolder a
+class in each, and a float checkpoint of a ResNet with as many classes and torchvision's parameter
+names:
 
     python examples/classification_flow.py --data-dir imagenet --arch resnet50 --weights r50.pth
 
@@ -23,7 +24,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from pytorch_quant import calibrate, compute_amax, export_onnx
 from pytorch_quant.files import written_aside
 from pytorch_quant.models import ARCHITECTURES, create_model
+from pytorch_quant.optional import require
 
 
 class Row(NamedTuple):
@@ -88,7 +89,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = torch.zeros(1, device=args.device).device
         for folder in (args.output, *([args.export.parent] if args.export else [])):
             folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, AssertionError, OSError) as error:
+        if args.export:
+            # Now, and not after the training: the file is run at the end.
+            require("onnxruntime")
+    except (ImportError, RuntimeError, AssertionError, OSError) as error:
         fail(error)
     return args
 
@@ -194,7 +198,8 @@ def export(model: nn.Module, loader: Iterable, args: argparse.Namespace) -> None
     model.cpu().eval()
     example = (torch.zeros(2, 3, args.image_size, args.image_size),)
     print(export_onnx(model, example, args.export, dynamic_shapes=({0: "batch"},)))
-    session = onnxruntime.InferenceSession(str(args.export), providers=["CPUExecutionProvider"])
+    runtime = require("onnxruntime")
+    session = runtime.InferenceSession(str(args.export), providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     equal = seen = 0
     for images, _ in tqdm(loader, desc="ONNX Runtime", leave=False):

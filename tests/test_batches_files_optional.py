@@ -7,7 +7,7 @@ from torch import nn
 
 from pytorch_quant.batches import call_model, count
 from pytorch_quant.files import written_aside
-from pytorch_quant.optional import require
+from pytorch_quant.optional import is_installed, require
 
 
 class Flexible(nn.Module):
@@ -65,3 +65,20 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ImportError, match=r'needs torchvision.*pip install "pytorch-quant\[vision'):
         require("torchvision.models")
+    with pytest.raises(ImportError) as raised:
+        require("onnxruntime")
+    assert str(raised.value).endswith(
+        'install it with pip install "pytorch-quant[onnxruntime]"; onnxruntime-gpu serves as well: '
+        "the same module, with the CUDA and TensorRT providers"
+    )
+    with pytest.raises(ImportError, match=r"install it with pip install tensorrt$"):
+        require("tensorrt")
+
+
+def test_a_folder_that_is_left_of_a_package_is_none(monkeypatch, tmp_path):
+    (tmp_path / "left_behind").mkdir()
+    (tmp_path / "left_behind" / "library.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("left_behind") and is_installed("onnx")
+    with pytest.raises(ImportError, match=r"holds no code.*uninstall this one too, then"):
+        require("left_behind")

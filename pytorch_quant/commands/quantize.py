@@ -87,7 +87,9 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--html", action="store_true", help="write report.html, a page with pictures"
     )
-    group.add_argument("--verify", action="store_true", help="run the file beside the model")
+    group.add_argument(
+        "--verify", action="store_true", help="run the file beside the model; needs ONNX Runtime"
+    )
     add_quiet(parser)
 
 
@@ -97,8 +99,12 @@ def _run(options: argparse.Namespace) -> Outcome:
     from pytorch_quant.commands.rule_files import read_rules
     from pytorch_quant.commands.samples import check_fit, check_labelled, open_data
     from pytorch_quant.commands.writable import check_folder
+    from pytorch_quant.optional import require
 
     check_method(options)
+    if options.verify:
+        # Before the calibration, as it comes last.
+        require("onnxruntime")
     rules = {} if options.rules is None else read_rules(options.rules)
     network = load_network(options.model, dict(options.model_arg), options.weights, options.device)
     model = network.model

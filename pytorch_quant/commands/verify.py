@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
         _run,
         help="does an ONNX file compute what the quantized model computes",
         description="Compare an exported file with the quantized model that it came from, layer by "
-        "layer and\nfrom end to end, in ONNX Runtime, onnx.reference, and OpenVINO and TensorRT "
-        "where they are\ninstalled. On a mismatch the first tensor that diverges is named.",
+        "layer and\nfrom end to end, in ONNX Runtime, OpenVINO and TensorRT where they are "
+        "installed, and in\nonnx.reference. On a mismatch the first tensor that diverges is named.",
         example="pytorch-quant verify runs/resnet18/quantized.onnx resnet18 \\\n"
         "    --checkpoint runs/resnet18/quantized.pt --data images/",
         codes=_CODES,

@@ -89,8 +89,10 @@ def run_demo(folder: str | Path = "runs/demo", *, quick: bool = False) -> DemoRe
         quick: Train less; the numbers are lower.
 
     Raises:
-        ImportError: scikit-learn or matplotlib is not installed.
+        ImportError: scikit-learn, matplotlib or ONNX Runtime is not installed.
     """
+    # Before the training, as they come last.
+    require("onnxruntime")
     require("matplotlib")
     torch.manual_seed(0)
     folder = Path(folder)

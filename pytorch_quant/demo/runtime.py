@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from pytorch_quant.demo.digits import Split
+from pytorch_quant.optional import require
 
 
 def open_session(path: Path, *, optimize: bool = True) -> Any:
     """An ONNX Runtime session on the CPU with torch's number of threads."""
-    import onnxruntime
-
+    onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

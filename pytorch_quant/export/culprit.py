@@ -16,7 +16,7 @@ from pytorch_quant.export.verify_report import Divergence, compare
 
 
 def in_one_part(
-    cut: CutGraph, difference: Difference, simulation: Simulation, sites: list[Site], engine: str
+    cut: CutGraph, difference: Difference, simulation: Simulation, sites: list[Site]
 ) -> Divergence:
     """Name the layer and the node within the part of a graph that makes a wrong tensor.
 
@@ -28,11 +28,10 @@ def in_one_part(
         difference: What was found.
         simulation: A pass with `layers=True`.
         sites: The pairs that the graph is cut at.
-        engine: Where to evaluate it.
     """
     part = cut.part(difference.tensor)
     made = [name for node in part for name in node.output if name]
-    cut.evaluate(engine, made)
+    cut.evaluate(made)
     known = _Known([cut.tensors[name] for name in cut.tensors])
     last = difference.site.call.order if difference.site is not None else math.inf
     names = {name for node in part for name in node.input}
@@ -51,7 +50,7 @@ def in_one_part(
     layer = culprit.name if culprit is not None else ""
     if not layer and difference.site is not None:
         layer = layer_of(difference.site.name)
-    return Divergence(layer, node.name, difference.tensor, difference.problem, engine)
+    return Divergence(layer, node.name, difference.tensor, difference.problem, cut.engine)
 
 
 class _Known:
@@ -130,7 +129,7 @@ def in_the_whole(
     known = {name: cut.tensors[name] for name in floats}
     end = _first_far(model, engine, sorted(floats, key=order.__getitem__), known, inputs, min_sqnr)
     made = [name for node in cut.part(end) for name in node.output if name in order]
-    cut.evaluate("onnxruntime", made)
+    cut.evaluate(made)
     inner = [n for n in made if cut.tensors[n].is_floating_point() and n not in cut.dequantized]
     known = {name: cut.tensors[name] for name in inner}
     tensor = _first_far(model, engine, inner, known, inputs, min_sqnr)

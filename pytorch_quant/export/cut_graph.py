@@ -24,16 +24,21 @@ class CutGraph:
         model: An `onnx.ModelProto` with its data, without local functions.
         sites: Where to cut; weights are not cut off, only looked at.
         inputs: The tensors that the model takes, in order.
+        engine: Where it is evaluated.
 
     Attributes:
         tensors: The values of the tensors that were asked for, by name.
         dequantized: Names of what DequantizeLinear makes at the sites.
+        engine: As given.
     """
 
-    def __init__(self, model: Any, sites: list[Site], inputs: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, sites: list[Site], inputs: dict[str, Tensor], engine: str
+    ) -> None:
         self._model = type(model)()
         self._model.CopyFrom(model)
         self._feeds = dict(inputs)
+        self.engine = engine
         self._constants = constants_of(model.graph)
         self._graph = self._model.graph
         del self._graph.value_info[:]
@@ -75,7 +80,7 @@ class CutGraph:
         self._feeds[name] = value
         return name
 
-    def evaluate(self, engine: str, more: Iterable[str] = ()) -> None:
+    def evaluate(self, more: Iterable[str] = ()) -> None:
         """Run the graph with optimizations off and keep outputs, sites and `more` in `tensors`.
 
         Raises:
@@ -86,7 +91,7 @@ class CutGraph:
         del self._graph.output[:]
         wanted = list(dict.fromkeys([*self._wanted, *more]))
         self._graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-        session = open_session(self._model, engine, optimize=False)
+        session = open_session(self._model, self.engine, optimize=False)
         found = session.run([self._feeds[port.name] for port in session.inputs])
         self.tensors = {**self._feeds, **dict(zip(wanted, found, strict=True))}
 

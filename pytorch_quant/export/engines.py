@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pytorch_quant.export.ports import Port, ports, read_onnx
-from pytorch_quant.optional import require
+from pytorch_quant.optional import how_to_install, is_installed, require
 
 # The module that each needs.
 _MODULES = {
@@ -34,9 +33,16 @@ _LARGEST_PROTO = 2**31 - 2**20
 
 def installed(engine: str) -> bool:
     """Whether the package of an engine is there, and for TensorRT a GPU as well."""
-    if importlib.util.find_spec(_MODULES[engine]) is None:
-        return False
-    return engine != "tensorrt" or torch.cuda.is_available()
+    return not absence(engine)
+
+
+def absence(engine: str) -> str:
+    """Why an engine cannot run on this machine, and what installs it; empty if it can."""
+    if engine == "tensorrt" and not torch.cuda.is_available():
+        return "needs a CUDA device, and torch finds none"
+    if not is_installed(_MODULES[engine]):
+        return f"not installed; install it with {how_to_install(_MODULES[engine])}"
+    return ""
 
 
 def check_engine(engine: str) -> None:
@@ -52,9 +58,20 @@ def check_engine(engine: str) -> None:
 
 
 def fastest_engine() -> str:
-    """OpenVINO on x86 where it is installed, else ONNX Runtime."""
+    """OpenVINO on x86, ONNX Runtime elsewhere; the other where that one is not installed.
+
+    Raises:
+        ImportError: neither is installed.
+    """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return "openvino" if x86 and installed("openvino") else "onnxruntime"
+    order = ("openvino", "onnxruntime") if x86 else ("onnxruntime", "openvino")
+    engine = next(filter(installed, order), None)
+    if engine is None:
+        raise ImportError(
+            "this needs OpenVINO or ONNX Runtime, and neither is installed; install one of them "
+            f"with {how_to_install('openvino')} or {how_to_install('onnxruntime')}"
+        )
+    return engine
 
 
 class Session(ABC):
@@ -192,8 +209,7 @@ class _OnDisk:
 
 class _OnnxRuntime(Session):
     def __init__(self, model: Any, threads: int, optimize: bool) -> None:
-        import onnxruntime
-
+        onnxruntime = require("onnxruntime")
         described = _described(model)
         super().__init__(described)
         if any(port.dtype == torch.bfloat16 for port in self.inputs):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pytorch_quant.batches import copied
 from pytorch_quant.export.arguments import in_order_of_signature, split_arguments
 from pytorch_quant.export.containers import described, rebuilt, tensors_of
-from pytorch_quant.export.engines import fastest_engine, open_session
+from pytorch_quant.export.engines import check_engine, fastest_engine, open_session
 from pytorch_quant.export.onnx import export_onnx
 from pytorch_quant.export.ports import ports, read_onnx
 from pytorch_quant.export.saving import save_model
@@ -43,8 +43,8 @@ def convert(
         model: Calibrated; it comes back as it was.
         args: Example inputs: a tensor, a dict of keywords, or a tuple of arguments whose last item
             may be a dict of keywords. Arguments that are no tensors become part of the file.
-        engine: `"onnxruntime"` or `"openvino"`; `"auto"` takes OpenVINO on x86 where it is
-            installed, else ONNX Runtime.
+        engine: `"onnxruntime"` or `"openvino"`; `"auto"` takes OpenVINO on x86 and ONNX Runtime
+            elsewhere, or the other one where that is not installed.
         dynamic_batch: Let the first dimension of every input vary, as far as the model allows it.
             What it does not allow is fixed to the size in `args`, and another one raises; `note`
             of the result says so, and why.
@@ -107,6 +107,8 @@ def _chosen(engine: str) -> str:
         return fastest_engine()
     if engine not in RUNTIMES:
         raise ValueError(f"engine must be one of auto, {', '.join(RUNTIMES)}, got {engine!r}")
+    # Before the export, which takes longer.
+    check_engine(engine)
     return engine
 
 

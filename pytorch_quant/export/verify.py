@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pytorch_quant.export.arguments import split_arguments, tensor_leaves
 from pytorch_quant.export.culprit import in_one_part, in_the_whole
 from pytorch_quant.export.cut_graph import CutGraph
-from pytorch_quant.export.engines import check_engine, check_inputs, installed, open_session
+from pytorch_quant.export.engines import absence, check_engine, check_inputs, open_session
 from pytorch_quant.export.ports import ports, read_onnx
 from pytorch_quant.export.qdq_sites import Site, find_sites
 from pytorch_quant.export.simulation import simulate
@@ -34,6 +34,7 @@ from pytorch_quant.export.verify_report import (
     compare,
 )
 from pytorch_quant.nn.modes import named_quantizers
+from pytorch_quant.optional import how_to_install
 
 # onnx.reference loops in Python over what others do in one call.
 _REFERENCE_ENTRIES = 2**21
@@ -58,12 +59,13 @@ def verify_onnx(
 ) -> VerifyReport:
     """Compare an exported file with the fake-quantized model that it came from.
 
-    First layer by layer, in ONNX Runtime with optimizations off: every layer and every quantizer is
-    fed torch's own tensors. Outputs of layers have to agree up to the rounding of sums, codes have
-    to be equal; a code may be one step off where the value lies within 1e-3 steps of a tie. Then
-    from end to end, in ONNX Runtime with optimizations off and on, in `onnx.reference`, and in
-    OpenVINO and TensorRT where they are installed. There roundings add up and flip codes, so that
-    outputs agree up to `min_sqnr`; where they do not, bisection finds the tensor where it begins.
+    First layer by layer, in ONNX Runtime with optimizations off, or where it is not installed in
+    `onnx.reference`: every layer and every quantizer is fed torch's own tensors. Outputs of layers
+    have to agree up to the rounding of sums, codes have to be equal; a code may be one step off
+    where the value lies within 1e-3 steps of a tie. Then from end to end, in ONNX Runtime with
+    optimizations off and on, OpenVINO and TensorRT where they are installed, and in
+    `onnx.reference`. There roundings add up and flip codes, so that outputs agree up to `min_sqnr`;
+    where they do not, bisection finds the tensor where it begins.
 
     A bfloat16 model runs in `onnx.reference` alone, as others have no arrays of that type.
 
@@ -82,9 +84,10 @@ def verify_onnx(
         The report; `report.ok` is the verdict.
 
     Raises:
-        ImportError: onnx, ONNX Runtime or an engine that was asked for is not installed.
+        ImportError: onnx or an engine that was asked for is not installed; or ONNX Runtime is not,
+            and the graph is large.
         OSError: the file or its external data is missing.
-        RuntimeError: ONNX Runtime cannot run the file.
+        RuntimeError: what compares the layers cannot run the file.
         TypeError: `args` has another type than the file takes; `engines` is no list.
         ValueError: no ONNX file, or cut short; `args` that do not fit it; a model without enabled
             quantizers; a file that does not come from this model; an unknown engine.
@@ -117,10 +120,19 @@ def verify_onnx(
         bar.update()
         bar.set_postfix_str(LAYER_BY_LAYER, refresh=False)
         halves = any(t.dtype == torch.bfloat16 for t in (*inputs, *outputs.values()))
-        engine = "reference" if halves else "onnxruntime"
+        small = _is_small(proto, sites)
         feeds = {port.name: tensor for port, tensor in zip(given, inputs, strict=True)}
-        cut = CutGraph(proto, sites, feeds)
-        cut.evaluate(engine)
+        engine = "reference" if halves else _engine_of_layers(small, reference, engines)
+        cut = CutGraph(proto, sites, feeds, engine)
+        try:
+            cut.evaluate()
+        except Exception as error:
+            if halves or engine == "onnxruntime":
+                raise
+            raise RuntimeError(
+                f"onnx.reference cannot run the layers one by one ({error}); ONNX Runtime may, "
+                f"install it with {how_to_install('onnxruntime')}"
+            ) from error
         checks = check_layers(proto, cut, sites, outputs, min_sqnr)
         first = None
         rows = []
@@ -130,10 +142,10 @@ def verify_onnx(
             rows.append(OutputRow(LAYER_BY_LAYER, name, *_compared(expected, found), good))
         if checks.first is not None:
             layers = simulate(model, positional, keywords, layers=True)
-            found_here = _divergence(proto, cut, checks.first, layers, sites, engine)
+            found_here = _divergence(proto, cut, checks.first, layers, sites)
             first = replace(found_here, engine=LAYER_BY_LAYER)
         bar.update()
-        runs, not_run = _engines(proto, sites, halves, reference, engines)
+        runs, not_run = _engines(small, halves, reference, engines)
         failed: dict[str, str] = {}
         bar.total = 2 + len(runs)
         for label, (name, optimize) in runs.items():
@@ -204,34 +216,43 @@ def _end_to_end(
 
 
 def _divergence(
-    proto: Any,
-    cut: CutGraph,
-    difference: Difference,
-    simulation: Any,
-    sites: list[Site],
-    engine: str,
+    proto: Any, cut: CutGraph, difference: Difference, simulation: Any, sites: list[Site]
 ) -> Divergence:
     node = next(n for n in proto.graph.node if difference.tensor in n.output)
     if difference.expected is not None:
-        return in_one_part(cut, difference, simulation, sites, engine)
+        return in_one_part(cut, difference, simulation, sites)
     layer = layer_of_difference(difference)
     name = difference.site.name if difference.site is not None else ""
     problem = f"{name}: {difference.problem}"
-    return Divergence(layer, node.name, difference.tensor, problem, engine)
+    return Divergence(layer, node.name, difference.tensor, problem, cut.engine)
+
+
+def _is_small(proto: Any, sites: list[Site]) -> bool:
+    """Whether `onnx.reference` is done with it in seconds."""
+    entries = sum(site.call.x.numel() for site in sites)
+    return entries <= _REFERENCE_ENTRIES and len(proto.graph.node) <= _REFERENCE_NODES
+
+
+def _engine_of_layers(small: bool, reference: bool | None, asked: Sequence[str] | None) -> str:
+    """Where to run the layers one by one: in `onnx.reference` only where nothing faster can."""
+    try:
+        check_engine("onnxruntime")
+    except ImportError as error:
+        if (small or "reference" in (asked or ())) if reference is None else reference:
+            return "reference"
+        raise ImportError(
+            f"{error}. Or pass reference=True (on the command line --engine reference), which is "
+            "slow for a large graph"
+        ) from error
+    return "onnxruntime"
 
 
 def _engines(
-    proto: Any,
-    sites: list[Site],
-    halves: bool,
-    reference: bool | None,
-    asked: Sequence[str] | None,
+    small: bool, halves: bool, reference: bool | None, asked: Sequence[str] | None
 ) -> tuple[dict[str, tuple[str, bool]], dict[str, str]]:
     """What to run by label, and why the others do not run."""
     runs: dict[str, tuple[str, bool]] = {}
     not_run: dict[str, str] = {}
-    entries = sum(site.call.x.numel() for site in sites)
-    small = entries <= _REFERENCE_ENTRIES and len(proto.graph.node) <= _REFERENCE_NODES
     for name, (label, optimize) in _LABELS.items():
         wanted = asked is None or name in asked
         if name == "reference" and reference is not None:
@@ -242,8 +263,8 @@ def _engines(
             not_run[label] = "left out of a large graph; pass reference=True"
         elif halves and name != "reference":
             not_run[label] = "takes no bfloat16 arrays"
-        elif not (installed(name) or asked):
-            not_run[label] = "not installed"
+        elif not asked and (missing := absence(name)):
+            not_run[label] = missing
         else:
             runs[label] = (name, optimize)
             if name == "onnxruntime":

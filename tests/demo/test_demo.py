@@ -76,6 +76,14 @@ def test_table(result):
         assert row in text
 
 
+def test_what_runs_the_file_is_asked_for_before_the_training(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(flow, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ImportError, match=r"needs onnxruntime.*pytorch-quant\[onnxruntime\]"):
+        flow.run_demo(tmp_path / "demo", quick=True)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_command_line(monkeypatch, capsys):
     called = []
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,12 @@ def test_an_empty_split(run, data, tmp_path, vision):
     for split in ("train", "val"):
         (tmp_path / split / "dark").mkdir(parents=True)
     assert_one_line(run(data_dir=tmp_path), "--data-dir: Found no valid file")
+
+
+def test_an_export_without_onnxruntime_stops_before_all_else(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = run("--export", tmp_path / "m.onnx")
+    assert_one_line(found, r"this needs onnxruntime.*pip install \"pytorch-quant\[onnxruntime\]")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 from pytorch_quant.export import engines
-from pytorch_quant.export.engines import fastest_engine, installed, open_session
+from pytorch_quant.export.engines import absence, fastest_engine, installed, open_session
 
 RUNNING = [engine for engine in ("onnxruntime", "openvino", "reference") if installed(engine)]
 
@@ -86,13 +86,28 @@ def test_an_engine_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match="needs openvino"):
         open_session(product(), "openvino")
+    assert not installed("openvino") and "pytorch-quant[openvino]" in absence("openvino")
+    assert absence("reference") == ""
+
+
+def test_tensorrt_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert absence("tensorrt") == "needs a CUDA device, and torch finds none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert absence("tensorrt") == "not installed; install it with pip install tensorrt"
 
 
 def test_the_fastest(monkeypatch):
-    monkeypatch.setattr(engines.platform, "machine", lambda: "aarch64")
-    assert fastest_engine() == "onnxruntime"
-    monkeypatch.setattr(engines.platform, "machine", lambda: "AMD64")
-    monkeypatch.setattr(engines, "installed", lambda engine: True)
-    assert fastest_engine() == "openvino"
+    for machine, first, second in (
+        ("aarch64", "onnxruntime", "openvino"),
+        ("AMD64", "openvino", "onnxruntime"),
+    ):
+        monkeypatch.setattr(engines.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(engines, "installed", lambda engine: True)
+        assert fastest_engine() == first
+        monkeypatch.setattr(engines, "installed", second.__eq__)
+        assert fastest_engine() == second
     monkeypatch.setattr(engines, "installed", lambda engine: False)
-    assert fastest_engine() == "onnxruntime"
+    with pytest.raises(ImportError, match=r"\[openvino\].* or .*\[onnxruntime\]"):
+        fastest_engine()

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ import pytorch_quant as pq
 from pytorch_quant import calibrate, export_onnx, quant_modules, verify_onnx
 from pytorch_quant import nn as quant_nn
 from pytorch_quant.descriptor import QuantDescriptor
+from pytorch_quant.export import verify
 from pytorch_quant.export.verify_report import compare
 
 RUNTIME = ("onnxruntime",)
@@ -263,6 +266,60 @@ def test_an_engine_that_computes_something_else_is_bisected(network, monkeypatch
     assert report.first_divergence.node == products[0]
     assert report.first_divergence.layer.startswith("attention")
     assert "too far from it in ONNX Runtime, optimized" in str(report)
+
+
+def test_without_onnxruntime_the_reference_finds_what_is_wrong(network, tmp_path, monkeypatch):
+    model, x, path = network
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    report = verify_onnx(path, model, x, engines=["reference"])
+    assert report.ok and report.rows[0].engine == "layer by layer", str(report)
+
+    def change(graph, constants):
+        node = next(n for n in graph.node if n.name == "mix._weight_quantizer/DequantizeLinear")
+        put(constants[node.input[1]], 1.1 * value(constants, node.input[1]))
+
+    report = verify_onnx(changed(path, tmp_path, change), model, x, engines=())
+    assert report.first_divergence.layer == "mix" and not report.ok
+
+
+def test_without_onnxruntime_an_engine_is_bisected(network, monkeypatch):
+    model, x, path = network
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    from pytorch_quant.export import engines
+
+    run = engines._Reference._run
+
+    def wrong(self, tensors):
+        results = run(self, tensors)
+        cut = any("::" in port.name for port in self.inputs)
+        return results if cut else [-r for r in results]
+
+    monkeypatch.setattr(engines._Reference, "_run", wrong)
+    report = verify_onnx(path, model, x, engines=["reference"])
+    assert report.first_divergence.engine == "onnx.reference" and not report.ok
+    assert report.first_divergence.layer == "stem"
+
+
+def test_without_onnxruntime_a_large_graph_wants_a_decision(network, monkeypatch):
+    model, x, path = network
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(verify, "_REFERENCE_NODES", 1)
+    for options in ({}, {"engines": ()}):
+        with pytest.raises(ImportError, match=r"\[onnxruntime\].*Or pass reference=True"):
+            verify_onnx(path, model, x, **options)
+    assert verify_onnx(path, model, x, engines=["reference"]).ok
+    assert verify_onnx(path, model, x, engines=(), reference=True).ok
+
+
+def test_without_onnxruntime_its_own_operators_do_not_run(tmp_path, monkeypatch):
+    model, x = nn.Sequential(nn.LSTM(8, 8)).eval(), torch.randn(3, 2, 8)
+    rules = {nn.LSTM: pq.INT8_DYNAMIC}
+    model = pq.quantize(model, rules, example_inputs=x, placement="onnxruntime")
+    pq.compute_amax(model, "max")
+    export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeError, match=r"onnx\.reference cannot.*ONNX Runtime may, install"):
+        verify_onnx(tmp_path / "m.onnx", model, x)
 
 
 def test_what_is_no_onnx_file(network, tmp_path):
