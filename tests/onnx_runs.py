@@ -13,6 +13,8 @@ OPTIMIZATIONS_OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 def session(model, optimize: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
+    # A thread that waits must not take the core of another worker.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = OPTIMIZATIONS_OFF

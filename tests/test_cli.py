@@ -35,6 +35,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_as_a_module():
     command = [sys.executable, "-W", "error", "-m", "pytorch_quant", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
@@ -177,6 +178,7 @@ def test_json_alone_goes_to_stdout(run, demo, words):
     assert json.loads(out) == {"command": "demo", "score": None}
 
 
+@pytest.mark.slow
 def test_other_processes_do_not_print_into_json(tmp_path):
     (tmp_path / "noisy.py").write_text(
         "import os, torch\n"

@@ -17,6 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 WITH_BLOCKS = [p for p in PAGES if BLOCK.search(p.read_text())]
+# Pages that train, or that measure latency.
+SLOW = {f"docs/{n}.md" for n in ("quick_start", "deploy", "debug_speed", "partial_quantization")}
 # What a link looks like that is no path of ours.
 ELSEWHERE = re.compile(r"https?:")
 
@@ -25,7 +27,11 @@ def label(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=label)
+def marked(page):
+    return pytest.param(page, id=label(page), marks=[pytest.mark.slow] * (label(page) in SLOW))
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in WITH_BLOCKS])
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

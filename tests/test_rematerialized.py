@@ -166,6 +166,7 @@ def test_second_derivatives():
     assert torch.equal(second(True), second(False))
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     compiled = torch.compile(network(), backend="aot_eager", fullgraph=True)
     same(compiled, images())

@@ -1,6 +1,7 @@
 """The layers of the package, and what importing it must not do."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -157,5 +158,8 @@ def test_nothing_happens_at_import():
 
 
 def test_a_star_leaves_the_nn_of_torch():
-    code = "from torch import nn\nfrom pytorch_quant import *\nassert nn.__name__ == 'torch.nn'\n"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # All that a star could bring is there.
+    importlib.import_module("pytorch_quant.nn")
+    names = {}
+    exec("from torch import nn\nfrom pytorch_quant import *", names)
+    assert names["nn"].__name__ == "torch.nn" and "quantize" in names

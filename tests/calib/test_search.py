@@ -194,6 +194,7 @@ def test_lp_finds_the_least_error_for_any_power(counts, fmt, p, start, stride):
     assert_least(h, found, fmt, p, start, stride)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [10, 20, 30, 31, 100, 1000])
 @pytest.mark.parametrize("fmt", [INT4, INT8, E4M3, IntFormat(16)], ids=lambda f: f.name)
 def test_large_powers(p, fmt):
@@ -214,6 +215,7 @@ def test_a_larger_p_clips_less_of_a_normal_distribution():
     assert amax[0] < amax[1] < amax[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize(("start", "stride"), [(128, 1), (5, 9)])
 def test_entropy_equals_the_reference(fmt, start, stride):

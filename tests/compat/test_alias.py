@@ -53,6 +53,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_every_import_of_programs(python):
     code, out, err = python("-W", "error", "-c", EVERYTHING)
     assert (code, out) == (0, "fine\n"), err

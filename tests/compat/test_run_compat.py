@@ -128,6 +128,7 @@ def run_compat(not_installed, monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_program_from_end_to_end(python, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(OLD_PROGRAM)
@@ -261,6 +262,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_that_a_script_starts(python, tmp_path):
     (tmp_path / "s.py").write_text(CHILDREN)
     done = python("-m", "pytorch_quant", "run-compat", "s.py")

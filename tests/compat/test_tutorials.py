@@ -17,6 +17,7 @@ def images(count, seed=0):
     return [torch.randn(2, 3, 64, 64, generator=generator) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_calibrate_resnet50_save_reload_and_export(old, tmp_path):

@@ -31,6 +31,7 @@ def _keeping(deploy, kept):
     return wrapped
 
 
+@pytest.mark.slow
 def test_accuracy(result):
     accuracy = result[0].accuracy
     assert next(iter(accuracy)) == "float32" and len(accuracy) == 12
@@ -42,6 +43,7 @@ def test_accuracy(result):
     assert accuracy["4-bit after fine-tuning"] >= max(four)
 
 
+@pytest.mark.slow
 def test_the_file_predicts_as_the_simulation(result):
     found, int8 = result
     _, test = load_digits()
@@ -55,6 +57,7 @@ def test_the_file_predicts_as_the_simulation(result):
     assert found.agreement == pytest.approx(100 * np.mean(on.argmax(1) == simulated), abs=0.2)
 
 
+@pytest.mark.slow
 def test_files(result):
     found, int8 = result
     names = {p.name for p in found.folder.iterdir()}
@@ -70,6 +73,7 @@ def test_files(result):
         assert (found.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_table(result):
     text = str(result[0])
     for row in ("float32", "int8, percentile 99.99", "4-bit, entropy", "int8 file in ONNX Runtime"):

@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "distributed_calibration.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "processes"), [(TORCHRUN, 2), ([], 1)])
 def test_the_example(launcher, processes):
     # No GPU: two processes may not share one.

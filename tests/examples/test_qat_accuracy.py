@@ -98,6 +98,7 @@ def test_the_tables(example):
     assert "| 80 % |" in lines[tables.RECOVERED] and lines[tables.RECOVERED].endswith("| yes |")
 
 
+@pytest.mark.slow
 def test_a_run_of_seconds_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     run = example()
     small = example("_training").Settings(seeds=1, folds=2, epochs=1, qat_epochs=1, images=160)

@@ -136,6 +136,7 @@ def test_graph_mode_resnet18(run, tmp_path):
     assert (quantized, of) == (20, 21)
 
 
+@pytest.mark.slow
 def test_partial_quantization(run):
     rows, output, _ = run("partial_quantization")
     ranked = re.findall(r"^\d +(\d+) +(?:Conv2d|Linear)", output, re.MULTILINE)

@@ -31,6 +31,7 @@ def layer(kind, size):
     return model, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1e-30])
 @pytest.mark.parametrize("kind", LAYERS)

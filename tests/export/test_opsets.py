@@ -50,6 +50,7 @@ def cannot_convert_down(dynamo, opset):
     return dynamo and opset < 18 and TORCH < (2, 9)
 
 
+@pytest.mark.slow
 @PRECISIONS
 @EXPORTERS
 @pytest.mark.parametrize("opset", OPSETS)

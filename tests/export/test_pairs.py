@@ -68,6 +68,7 @@ def test_outputs_of_the_graph_keep_their_names():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_residual_network_has_one_pair_for_each_tensor(tmp_path):
     model = resnet18(quantize=True, width=8, num_classes=4, small_input=True).eval()
     x = torch.randn(2, 3, 16, 16)

@@ -137,6 +137,7 @@ def ran_on_integers(path, prediction):
     return {row.node: found.get(row.node, False) for row in prediction.rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["exported", "onnxruntime"])
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 @pytest.mark.parametrize("name", MODELS)
@@ -146,6 +147,7 @@ def test_onnx_runtime_does_as_predicted(exported, name, placement, form):
     assert {r.node: r.int8 for r in prediction.rows} == ran_on_integers(path, prediction)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_runs_most_of_what_is_placed_for_it(exported):
     for name in MODELS:
         path = exported(name, "onnxruntime", "onnxruntime")
@@ -166,6 +168,7 @@ def ran_in_openvino(path, names):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["exported", "openvino"])
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 @pytest.mark.parametrize("name", MODELS)

@@ -82,6 +82,7 @@ def flips(model):
     return 2 * step * float(weights) + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("seed", range(2))

@@ -274,6 +274,7 @@ def fitted(model, images, labels):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not installed("openvino"), reason="OpenVINO is not installed")
 @pytest.mark.parametrize("name", ["resnet18", "MobileNetV2"])
 def test_openvino_predicts_as_torch_on_digits(name):
@@ -333,6 +334,7 @@ def test_openvino_loads_rows_joined_before_a_product(tmp_path, exported):
     torch.testing.assert_close(found, model(x).detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not installed("openvino"), reason="OpenVINO is not installed")
 @pytest.mark.skipif(sys.platform == "win32", reason="other signals")
 def test_signals_are_handled_after_openvino_models_are_gone(tmp_path):

@@ -102,6 +102,7 @@ def test_codes_of_half_a_byte_stay():
     assert fold_weight_transposes(model.graph) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("weights", ["int8", "float"])
 @pytest.mark.parametrize(

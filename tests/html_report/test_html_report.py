@@ -242,6 +242,7 @@ def test_scores_placement_and_prediction(made):
     assert 16 * 64 * 16 * 16 * 9 in macs
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_found(tmp_path):
     plain, model, batches = tiny_models("entropy")
     model.train()
@@ -348,6 +349,7 @@ def test_fp8_is_not_called_int8(tmp_path):
     assert "{**rules, **exclude}" in section(page, "exclude").text
 
 
+@pytest.mark.slow
 def test_pasted_rules_are_for_the_same_runtime(tmp_path):
     plain, _, batches = tiny_models()
     images = batches[0][0]

@@ -313,6 +313,7 @@ def test_the_other_arguments_of_a_layer_are_kept(monkeypatch):
     assert tuple(seen["up"][0].targets.shape) == (32, 4, 8, 8) and row.learned > row.nearest
 
 
+@pytest.mark.slow
 def test_two_runs_are_alike_and_the_global_random_state_stays():
     model, batches = network()
     torch.manual_seed(5)
@@ -563,6 +564,7 @@ def separable(width=6):
         )
 
 
+@pytest.mark.slow
 def test_at_four_bits_it_halves_the_loss_of_accuracy():
     pytest.importorskip("sklearn")
     from pytorch_quant.demo.digits import load_digits

@@ -33,6 +33,7 @@ def separable(inputs, outputs):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_four_bit_weights_lose_half_as_many_points(seed):
     training, testing = (

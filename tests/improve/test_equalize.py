@@ -384,6 +384,7 @@ def accuracy(model, data, quantized):
     return 100 * (predicted == data.labels).float().mean().item()
 
 
+@pytest.mark.slow
 def test_accuracy_comes_back_on_the_digits():
     pytest.importorskip("sklearn")
     from pytorch_quant.demo.digits import load_digits

@@ -7,6 +7,7 @@ import pytest
 import torch
 from two_processes import run_two
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(programs.__file__)
 
 

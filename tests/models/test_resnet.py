@@ -84,6 +84,7 @@ def test_names_and_shapes_equal_torchvision(arch, quantize, torchvision_models):
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize(
     ("arch", "options"),

@@ -58,6 +58,7 @@ def assert_one_graph(graphs=1):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_ten_steps_with_changing_ranges():
     model, x = placed().train(), batch()
     eager = pytorch_quant.quantize(Residual().eval(), example_inputs=x)
@@ -81,6 +82,7 @@ def test_ten_steps_with_changing_ranges():
     assert pairs[0] == pytest.approx(pairs[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_size_may_vary():
     model = placed()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -151,6 +153,7 @@ def test_collecting_in_compiled_code_is_explained():
     assert model.input_quantizer.amax == (x * 2).abs().max()
 
 
+@pytest.mark.slow
 def test_collecting_falls_back_where_graphs_may_break():
     model = quant_nn.QuantLinear(3, 3)
     x = torch.randn(2, 3)

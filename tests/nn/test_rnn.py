@@ -590,6 +590,7 @@ def test_cell_refuses_a_cell_state_that_would_broadcast():
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("case", ["lstm_proj_no_bias", "gru_batch_first", "rnn", "cell"])
 def test_onnx_export_equals_torch(case, dynamo, tmp_path):

@@ -71,6 +71,7 @@ def test_the_same_tensors_with_the_same_ranges_and_outputs(arch):
     assert keys[0] == keys[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 def test_a_placed_network_folds_without_inputs_and_exports_clean(placement, tmp_path):
     model = network("resnet18").eval()

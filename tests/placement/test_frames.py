@@ -191,6 +191,7 @@ def test_compile_with_a_break_in_the_graph():
         torch.testing.assert_close(compiled(X), model(X), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_each_class_has_a_limit_of_its_own_in_the_compiler():
     classes = [type(f"Part{i}", (Block,), {}) for i in range(10)]
     for kind in classes:

@@ -101,6 +101,7 @@ def test_numbers(name):
     assert numbers(plan) == TENSORRT[name][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 @pytest.mark.parametrize("name", TENSORRT)
 def test_the_batch_of_the_example_does_not_count(name, placement):
@@ -140,6 +141,7 @@ def test_numbers_for_onnxruntime(name):
     assert len(same) + len(others) == len(pooled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "swin_t"])
 def test_no_tensor_has_two_quantizers(name, placement):

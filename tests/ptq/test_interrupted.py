@@ -134,6 +134,7 @@ def test_momentum_of_one_pass_is_not_that_of_the_next():
     assert model.layers[0]._input_quantizer.amax == wanted
 
 
+@pytest.mark.slow
 def test_ten_thousand_batches_need_no_more_memory_than_a_few():
     with quant_modules.initialize():
         model = nn.Sequential(nn.Linear(4, 2))

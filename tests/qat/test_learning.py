@@ -351,6 +351,7 @@ def test_torch_export_without_gradients_keeps_one_node_a_quantizer():
     assert torch.equal(program.module()(images()), model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lsq", "pact"])
 def test_compiles_in_one_graph_with_the_same_gradients(method):
     model = network()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def run(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TITLES)
 def test_quick_run_prints_the_table_and_writes_json(name, tmp_path):
     target = tmp_path / "rows.json"
@@ -41,7 +43,9 @@ def test_quick_run_prints_the_table_and_writes_json(name, tmp_path):
     assert name != "fake_quant" or any("torch fake_quantize" in row[0] for row in cells)
 
 
-def test_bad_arguments_are_refused():
-    done = run("qat_step", "--batch-size", "0")
-    assert done.returncode == 2
-    assert "--batch-size must be at least 1" in done.stderr
+def test_bad_arguments_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qat_step.py", "--batch-size", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(bench / "qat_step.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "--batch-size must be at least 1" in capsys.readouterr().err

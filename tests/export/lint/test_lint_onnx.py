@@ -130,6 +130,7 @@ def test_local_functions_are_seen_through():
     assert [f[:2] for f in found(model)] == [("L1", "performance")]
 
 
+@pytest.mark.slow
 def test_an_exported_residual_network_is_clean(tmp_path):
     options = {"small_input": True, "width": 16, "num_classes": 16}
     model, x = models.resnet18(quantize=True, **options).eval(), torch.randn(2, 3, 16, 16)
