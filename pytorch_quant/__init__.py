@@ -54,6 +54,7 @@ from pytorch_quant.ptq import (
 from pytorch_quant.quantization import placement_plan, quantize
 from pytorch_quant.scheme import (
     FP8,
+    INT4,
     INT4_WEIGHT_ONLY,
     INT8,
     INT8_DYNAMIC,
@@ -66,6 +67,7 @@ warn_of_untested()
 
 __all__ = [
     "FP8",
+    "INT4",
     "INT4_WEIGHT_ONLY",
     "INT8",
     "INT8_DYNAMIC",

@@ -6,7 +6,6 @@ print(placement_plan(other_model, images).quantizers)
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +21,7 @@ from pytorch_quant.example_inputs import keep_form
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.placement.apply import apply_plan
 from pytorch_quant.placement.plan import Plan
-
-PLACEMENTS = ("none", "tensorrt", "onnxruntime", "openvino")
-"""The runtimes whose placements are known; `"none"` quantizes layers and no calls."""
+from pytorch_quant.placement.planning import check_placement, make_plan
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
 
@@ -114,8 +111,6 @@ def placement_plan(
 def _plan(
     model: nn.Module, example_inputs: Any, rules: Mapping[Any, Any] | None, placement: str
 ) -> Plan:
-    from pytorch_quant.placement.planning import make_plan
-
     flow = None
     if example_inputs is not None:
         with _while_recording():
@@ -171,10 +166,7 @@ def _check(model: Any, example_inputs: Any, placement: Any) -> None:
             f"{type(model).__name__}: quantize was called in a forward pass that quantize itself "
             "is recording; call it outside of forward"
         )
-    if placement not in PLACEMENTS:
-        near = difflib.get_close_matches(str(placement), PLACEMENTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown placement {placement!r}{hint} Valid: {', '.join(PLACEMENTS)}")
+    check_placement(placement)
     if example_inputs is None and placement != "none":
         raise ValueError(
             f"placement={placement!r} has to see one forward pass; pass example_inputs=, or "

@@ -49,6 +49,9 @@ INT8_DYNAMIC = Scheme("INT8_DYNAMIC", QuantDescriptor(8, dynamic=True), _INT8)
 FP8 = Scheme("FP8", QuantDescriptor((4, 3)), QuantDescriptor((4, 3)), per_channel=False)
 """E4M3, per tensor: the form in which TensorRT runs convolutions in FP8."""
 
+INT4 = Scheme("INT4", _INT8, QuantDescriptor(4))
+"""Static int8 activations with int4 weights, one amax per output channel."""
+
 INT4_WEIGHT_ONLY = Scheme(
     "INT4_WEIGHT_ONLY",
     None,
@@ -57,4 +60,8 @@ INT4_WEIGHT_ONLY = Scheme(
 )
 """Linear weights `(N, K)` in int4, one amax for each 64 values along K; float activations."""
 
-PRESETS = {s.name: s for s in (INT8, INT8_PER_TENSOR, INT8_DYNAMIC, FP8, INT4_WEIGHT_ONLY)}
+PRESETS = {
+    scheme.name: scheme
+    for scheme in (INT8, INT8_PER_TENSOR, INT8_DYNAMIC, FP8, INT4, INT4_WEIGHT_ONLY)
+}
+"""The schemes that rules may call by name."""

@@ -34,6 +34,7 @@ CONTRACT = frozenset(
         "test_axes.py",
         "test_fake_quant.py",
         "test_formats.py",
+        "test_public_api.py",
         "test_quantization.py",
         "test_tensor_quant.py",
         "test_versions.py",

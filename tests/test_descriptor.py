@@ -131,5 +131,6 @@ def test_presets():
         "INT8_PER_TENSOR",
         "INT8_DYNAMIC",
         "FP8",
+        "INT4",
         "INT4_WEIGHT_ONLY",
     }

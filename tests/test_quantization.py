@@ -1,12 +1,10 @@
 """`quantize` and `placement_plan`: what they check, and what they hand to planner and apply."""
 
-import sys
-import types
-
 import pytest
 import torch
 from torch import nn
 
+from pytorch_quant import quantization
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.nn import QuantLinear, TensorQuantizer
 from pytorch_quant.placement.plan import Place, Plan, PlannedQuantizer
@@ -43,9 +41,7 @@ def planner(monkeypatch):
             plan.counts[""] = {"add": 1}
         return plan
 
-    module = types.ModuleType("pytorch_quant.placement.planning")
-    module.make_plan = make_plan
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(quantization, "make_plan", make_plan)
     return asked
 
 

@@ -1,6 +1,7 @@
 """The layers of the package, and what importing it must not do."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -11,84 +12,40 @@ import pytest
 import pytorch_quant
 
 PACKAGE = Path(pytorch_quant.__file__).parent
-# A file imports from its own layer and those below; the first prefix that fits decides.
-LAYERS = [
-    ("__init__", 8),
-    ("__main__", 8),
-    ("_version", 0),
-    ("formats", 0),
-    ("axes", 0),
-    ("exporting", 0),
-    ("traced_values", 0),
-    ("versions", 0),
-    ("blockwise", 0),
-    ("rematerialized", 0),
-    ("distributed", 0),
-    ("einsum", 0),
-    ("files", 0),
-    ("optional", 0),
-    ("tables", 0),
-    ("descriptor", 1),
-    ("scheme", 1),
-    ("weight_presets", 1),
-    ("fake_quant", 1),
-    ("learned_range", 1),
-    ("qdq", 1),
-    ("qdq_blocks", 1),
-    ("qdq_dynamic", 1),
-    ("quant_functions", 1),
-    ("tensor_quant", 1),
-    ("utils", 1),
-    ("calib", 2),
-    ("nn", 3),
-    ("batches", 3),
-    ("quant_modules", 4),
-    ("dataflow", 4),
-    ("op_kinds", 4),
-    ("example_inputs", 4),
-    ("plain_pass", 3),
-    ("placement", 4),
-    ("quantization", 4),
-    ("fold", 4),
-    ("fold_pairs", 4),
-    ("ptq", 5),
-    ("qat", 5),
-    ("improve", 5),
-    ("export", 5),
-    ("optim", 5),
-    ("analysis", 5),
-    ("models", 6),
-    ("compat", 6),
-    ("demo", 7),
-    ("html_report", 7),
-    ("cli", 7),
-    ("commands", 7),
-]
-EXPORT_SEES = {
-    "formats",
-    "axes",
-    "exporting",
-    "versions",
-    "files",
-    "optional",
-    "descriptor",
-    "scheme",
-    "weight_presets",
+# A part of the package, a file or a folder, imports from its own layer and those below.
+LAYERS = {
+    0: (
+        "_version axes blockwise distributed einsum exporting files formats optional "
+        "rematerialized tables traced_values versions"
+    ),
+    1: (
+        "descriptor fake_quant learned_range qdq qdq_blocks qdq_dynamic quant_functions "
+        "scheme tensor_quant utils weight_presets"
+    ),
+    2: "calib",
+    3: "batches nn plain_pass",
+    4: ("dataflow example_inputs fold fold_pairs op_kinds placement quant_modules quantization"),
+    5: "analysis export improve optim ptq qat",
+    6: "compat models",
+    7: "cli commands demo html_report",
+    8: "__init__ __main__",
 }
-EXPORT_SEES |= {
+LAYER_OF = {part: level for level, parts in LAYERS.items() for part in parts.split()}
+# What export imports: nothing of the workflow.
+EXPORT_SEES = [
     "batches",
     "einsum",
-    "plain_pass",
-    "tables",
+    "export",
     "fake_quant",
+    "files",
+    "formats",
+    "nn",
+    "optional",
+    "plain_pass",
     "qdq",
     "qdq_blocks",
-    "qdq_dynamic",
-    "tensor_quant",
-    "calib",
-    "nn",
-    "export",
-}
+    "tables",
+]
 
 
 def modules():
@@ -99,32 +56,79 @@ def part(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def layer(name):
-    return next(level for prefix, level in LAYERS if name == prefix)
+def module_name(path):
+    parts = ("pytorch_quant", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(path): path for path in modules()}
+
+
+@functools.cache
 def imported(path):
+    """The modules of the package that a file imports, those inside of its functions too."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            if node.module == "pytorch_quant":
-                yield from (f"pytorch_quant.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in named]
+        else:
+            continue
+        found.update(name for name in names if name.partition(".")[0] == "pytorch_quant")
+    return found
+
+
+def circles(arrows):
+    """The sets of nodes that can be reached from one another.
+
+    Args:
+        arrows: For each node the nodes that it points to.
+    """
+    reached = {node: set(targets) for node, targets in arrows.items()}
+    for middle in arrows:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    alike = {
+        frozenset(other for other in targets if node in reached[other])
+        for node, targets in reached.items()
+    }
+    return sorted(sorted(group) for group in alike if group)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_downward(path):
     here = part(path)
     for name in imported(path):
-        parts = name.split(".")
-        if parts[0] != "pytorch_quant" or len(parts) == 1:
-            continue
-        assert layer(parts[1]) <= layer(here), f"{path.name} imports {name}, which is above it"
-        if here == "export":
-            assert parts[1] in EXPORT_SEES, f"export imports {name}, a part of the workflow"
+        there = part(MODULES[name])
+        assert LAYER_OF[there] <= LAYER_OF[here], f"{path.name} imports {name}, which is above it"
+
+
+def test_the_layers_are_those_of_the_package():
+    assert sorted(LAYER_OF) == sorted({part(path) for path in modules()})
+    assert sum(len(parts.split()) for parts in LAYERS.values()) == len(LAYER_OF)
+
+
+def test_export_sees_nothing_of_the_workflow():
+    seen = {
+        part(MODULES[name])
+        for path in modules()
+        if part(path) == "export"
+        for name in imported(path)
+    }
+    assert sorted(seen) == EXPORT_SEES
+
+
+def test_no_circles():
+    assert circles({name: imported(path) for name, path in MODULES.items()}) == []
+
+
+def test_circles_are_seen():
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "e"}, "e": {"e"}}
+    assert circles(arrows) == [["b", "c"], ["e"]]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -10,9 +10,10 @@ from pytorch_quant.analysis.layer_errors import (
     layer_errors,
 )
 from pytorch_quant.analysis.ranking import LayerSensitivity, Sensitivity
-from pytorch_quant.analysis.search_bits import INT4, search_bits
+from pytorch_quant.analysis.search_bits import search_bits
 from pytorch_quant.analysis.sensitivity import sensitivity
 from pytorch_quant.analysis.summary import ModelSummary, SummaryRow, summary
+from pytorch_quant.scheme import INT4
 
 __all__ = [
     "INT4",

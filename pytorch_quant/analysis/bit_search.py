@@ -112,7 +112,11 @@ class BitSearch(Result):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain data; a type or function among the rules by its name."""
+        """The fields as plain data; a type or function among the rules by its name.
+
+        `quantize` takes these rules as well, where schemes are presets and keys are names. `rules`
+        itself it always takes.
+        """
         rules = {
             key if isinstance(key, str) else getattr(key, "__name__", str(key)): value
             for key, value in self.rules.items()

@@ -21,7 +21,6 @@ from pytorch_quant.analysis.losses import Loss
 from pytorch_quant.analysis.noise import Noise, add_outputs, check_measured
 from pytorch_quant.analysis.switches import Switches, switched
 from pytorch_quant.batches import Forward, call_model, copied
-from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.improve.layers import repeatable
 from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.placement.layers import Layer, check_scheme, find_layers
@@ -29,10 +28,7 @@ from pytorch_quant.placement.rules import Choice
 from pytorch_quant.plain_pass import plain_forward
 from pytorch_quant.ptq import calibrate
 from pytorch_quant.quantization import placement_plan, quantize
-from pytorch_quant.scheme import FP8, INT8, PRESETS, Scheme
-
-INT4 = Scheme("INT4", QuantDescriptor(8), QuantDescriptor(4))
-"""Static int8 activations with int4 weights, one amax per output channel."""
+from pytorch_quant.scheme import FP8, INT4, INT8, PRESETS, Scheme
 
 _WHO = "search_bits"
 _BUDGETS = ("size", "bops", "error")
@@ -159,17 +155,22 @@ def search_bits(
 def _checked_choices(choices: Any) -> list[Scheme | None]:
     if isinstance(choices, (str, Scheme)) or not isinstance(choices, Sequence) or not choices:
         raise TypeError(f"choices must be a sequence of Schemes, names or None, got {choices!r}")
-    known = PRESETS | {INT4.name: INT4}
     found: list[Scheme | None] = []
     for choice in choices:
         if isinstance(choice, str):
-            if choice not in known:
-                near = difflib.get_close_matches(choice.upper(), known, n=1)
+            if choice not in PRESETS:
+                near = difflib.get_close_matches(choice.upper(), PRESETS, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"unknown choice {choice!r}; {hint}Valid: {', '.join(known)}")
-            choice = known[choice]
+                raise ValueError(f"unknown choice {choice!r}; {hint}Valid: {', '.join(PRESETS)}")
+            choice = PRESETS[choice]
         if choice is not None and not isinstance(choice, Scheme):
             raise TypeError(f"a choice is a Scheme, a name or None, got {choice!r}")
+        if choice is not None and PRESETS.get(choice.name, choice) != choice:
+            # Results write schemes as names, which quantize reads as presets.
+            raise ValueError(
+                f"the choice {choice!r} has the name of another scheme, the preset "
+                f"{choice.name}; give it a name of its own"
+            )
         if choice not in found:
             found.append(choice)
     names = choice_names(found)

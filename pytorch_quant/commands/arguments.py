@@ -169,7 +169,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--rules",
         metavar="FILE",
         help="YAML mapping of layer names, globs, or dotted types and functions to a scheme (INT8, "
-        "INT8_PER_TENSOR, INT8_DYNAMIC, FP8, INT4_WEIGHT_ONLY) or null for float",
+        "INT8_PER_TENSOR, INT8_DYNAMIC, FP8, INT4, INT4_WEIGHT_ONLY) or null for float",
     )
     group.add_argument(
         "--method", choices=METHODS, default="max", help="how activations are ranged; default max"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytorch_quant.export.engines import Session, is_path
 from pytorch_quant.export.ports import read_onnx
+from pytorch_quant.export.session import Session, is_path
 from pytorch_quant.optional import require
 
 

@@ -7,10 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pytorch_quant.export.saving import save_model
-
-# Protocol buffers end at 2 GiB; the nodes of a graph need a part of it.
-LARGEST_DATA = 2**31 - 2**26
+from pytorch_quant.export.saving import LARGEST_DATA, save_model
 
 
 def save_checked(model: Any, aside: Path, path: Path) -> int:

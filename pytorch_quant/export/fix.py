@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytorch_quant.export.lint import Finding, check_target, lint_onnx
+from pytorch_quant.export.lint import Finding, lint_onnx
 from pytorch_quant.export.pairs import merge_equal_pairs
 from pytorch_quant.export.recode import to_signed, to_unsigned
 from pytorch_quant.export.repairs.products import keep_products
@@ -28,6 +27,8 @@ from pytorch_quant.export.repairs.weights import (
     store_codes,
 )
 from pytorch_quant.export.saving import external_files, load_data, read_model, save_model
+from pytorch_quant.export.targets import check_target
+from pytorch_quant.export.transposes import fold_weight_transposes
 from pytorch_quant.tables import aligned
 
 
@@ -130,10 +131,8 @@ def _repairs(target: str, opset: int) -> list[tuple[str, Callable[[Any], int]]]:
         ("weight stored as codes", store_codes),
         ("weight of uint8 made int8", sign_weights),
         ("scale of 0 in a weight raised", scale_zero_channels),
+        ("Transpose of a weight folded", fold_weight_transposes),
     ]
-    fold = _transposes_folded()
-    if fold is not None:
-        steps.append(("Transpose of a weight folded", fold))
     if target == "tensorrt":
         steps.append(("activation of uint8 made int8", to_signed))
     else:
@@ -150,15 +149,6 @@ def _repairs(target: str, opset: int) -> list[tuple[str, Callable[[Any], int]]]:
             ("pair in front of an operator that keeps the grid dropped", drop_before_moves)
         )
     return steps
-
-
-def _transposes_folded() -> Callable[[Any], int] | None:
-    try:
-        transposes = importlib.import_module("pytorch_quant.export.transposes")
-    except ModuleNotFoundError:
-        return None
-    found: Callable[[Any], int] = transposes.fold_weight_transposes
-    return found
 
 
 def _inline(model: Any) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pytorch_quant.export.engines import Session, open_session
+from pytorch_quant.export.engines import open_session
 from pytorch_quant.export.ports import Port, read_onnx
 from pytorch_quant.export.saving import external_files
+from pytorch_quant.export.session import Session
 from pytorch_quant.tables import aligned
 
 

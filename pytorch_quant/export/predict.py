@@ -7,11 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytorch_quant.export.lint import check_target
 from pytorch_quant.export.lint.graph import Graph, Node, open_graph
 from pytorch_quant.export.lint.grids import reads_fp8, weight_input
 from pytorch_quant.export.lint.runtimes import VERDICTS
 from pytorch_quant.export.lint.runtimes.operands import ON_CODES, judged, on_codes
+from pytorch_quant.export.targets import check_target
 from pytorch_quant.tables import aligned
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pytorch_quant.export.simulation import QuantizerCall, Simulation
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
 _NODE_NAME = re.compile(r"(.*)/(?:DynamicQuantize|Quantize|Dequantize)Linear(?:_\d+)?")
+_NUMBER = re.compile(r"_\d+$")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CALL = re.compile(r"(?:(.*)\.)?_call_quantizers\.(.+?)_(\d+)(?:_.*)?")
 
@@ -173,8 +174,10 @@ def _quantizer_of(node: Any, quantizers: dict[str, TensorQuantizer]) -> str | No
     found = _NODE_NAME.fullmatch(node.name)
     if found is not None:
         path = _module_path(found.group(1))
-        if path in quantizers:
-            return path
+        # The TorchScript exporter numbers further calls of one module.
+        for called in (path, _NUMBER.sub("", path)):
+            if called in quantizers:
+                return called
     scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
     try:
         path = ([scope for scope in ast.literal_eval(scopes) if scope] or [""])[-2:][0]

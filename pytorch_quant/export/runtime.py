@@ -276,10 +276,7 @@ def _export(model: nn.Module, given: dict[str, Any], path: Path, engine: str, sh
             break
         positional.append(given[parameter.name])
     keywords = dict(list(given.items())[len(positional) :])
-    options: dict[str, Any] = {}
-    if "target" in inspect.signature(export_onnx).parameters:
-        options["target"] = engine
-    export_onnx(model, (*positional, keywords), path, dynamic_shapes=shapes, **options)
+    export_onnx(model, (*positional, keywords), path, target=engine, dynamic_shapes=shapes)
 
 
 def _export_dynamic(model: nn.Module, given: dict[str, Any], path: Path, engine: str) -> str:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from pytorch_quant.export.arguments import split_arguments, tensor_leaves
 from pytorch_quant.export.culprit import in_one_part, in_the_whole
 from pytorch_quant.export.cut_graph import CutGraph
-from pytorch_quant.export.engines import absence, check_engine, check_inputs, open_session
+from pytorch_quant.export.engines import absence, check_engine, open_session
 from pytorch_quant.export.ports import ports, read_onnx
 from pytorch_quant.export.qdq_sites import Site, find_sites
+from pytorch_quant.export.session import check_inputs
 from pytorch_quant.export.simulation import simulate
 from pytorch_quant.export.verify_layers import (
     Difference,

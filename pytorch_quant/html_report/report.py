@@ -20,7 +20,8 @@ from pytorch_quant.analysis.sites import unwrapped
 from pytorch_quant.analysis.switches import switched
 from pytorch_quant.batches import Forward
 from pytorch_quant.export import Prediction
-from pytorch_quant.export.lint import Finding, check_target
+from pytorch_quant.export.lint import Finding
+from pytorch_quant.export.targets import check_target
 from pytorch_quant.files import written_aside
 from pytorch_quant.html_report.clip_lines import Panel, clip_panels
 from pytorch_quant.html_report.exported import export_arguments, look_at_export

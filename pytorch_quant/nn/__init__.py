@@ -16,6 +16,7 @@ from pytorch_quant.nn.conv import (
     QuantConvTranspose2d,
     QuantConvTranspose3d,
 )
+from pytorch_quant.nn.joins import QuantAdd, QuantConcat, QuantMatMul
 from pytorch_quant.nn.linear import Linear, QuantLinear
 from pytorch_quant.nn.mixins import QuantInputMixin, QuantMixin, pop_quant_desc_in_kwargs
 from pytorch_quant.nn.norm import (
@@ -91,9 +92,11 @@ __all__ = [
     "QuantAdaptiveAvgPool1d",
     "QuantAdaptiveAvgPool2d",
     "QuantAdaptiveAvgPool3d",
+    "QuantAdd",
     "QuantAvgPool1d",
     "QuantAvgPool2d",
     "QuantAvgPool3d",
+    "QuantConcat",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
@@ -109,6 +112,7 @@ __all__ = [
     "QuantLSTM",
     "QuantLSTMCell",
     "QuantLinear",
+    "QuantMatMul",
     "QuantMaxPool1d",
     "QuantMaxPool2d",
     "QuantMaxPool3d",

@@ -40,7 +40,7 @@ class QuantInputMixin:
             ValueError: the descriptor asks for integer codes.
         """
         self._fake_quant = True
-        self._input_quantizer = _make_quantizer(self, quant_desc_input)
+        self._input_quantizer = make_quantizer(self, quant_desc_input)
 
     @property
     def input_quantizer(self) -> TensorQuantizer:
@@ -77,14 +77,14 @@ class QuantMixin(QuantInputMixin):
         """
         self._fake_quant = True
         if num_layers is None:
-            self._input_quantizer = _make_quantizer(self, quant_desc_input)
-            self._weight_quantizer = _make_quantizer(self, quant_desc_weight)
+            self._input_quantizer = make_quantizer(self, quant_desc_input)
+            self._weight_quantizer = make_quantizer(self, quant_desc_weight)
             return
         self._input_quantizers = nn.ModuleList(
-            _make_quantizer(self, quant_desc_input) for _ in range(num_layers)
+            make_quantizer(self, quant_desc_input) for _ in range(num_layers)
         )
         self._weight_quantizers = nn.ModuleList(
-            _make_quantizer(self, quant_desc_weight) for _ in range(num_layers)
+            make_quantizer(self, quant_desc_weight) for _ in range(num_layers)
         )
 
     @property
@@ -123,7 +123,12 @@ def _checked_descriptor(value: Any, cls: type) -> QuantDescriptor:
     return value
 
 
-def _make_quantizer(layer: Any, desc: QuantDescriptor) -> TensorQuantizer:
+def make_quantizer(layer: Any, desc: QuantDescriptor) -> TensorQuantizer:
+    """A quantizer for `layer`, on the device of its parameters.
+
+    Raises:
+        ValueError: `desc` is no `QuantDescriptor`, or asks for integer codes.
+    """
     name = type(layer).__name__
     _checked_descriptor(desc, type(layer))
     if not desc.fake_quant:

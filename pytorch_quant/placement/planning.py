@@ -22,6 +22,7 @@ whether.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,7 +48,20 @@ from pytorch_quant.placement.sharing import Key, Use, in_agreement, share
 from pytorch_quant.placement.signs import Signs
 from pytorch_quant.placement.structure import add_requantized, add_residuals, is_fused_runtime
 
-PLACEMENTS = ("tensorrt", "onnxruntime", "openvino", "none")
+PLACEMENTS = ("none", "tensorrt", "onnxruntime", "openvino")
+"""The runtimes whose placements are known; `"none"` quantizes layers and no calls."""
+
+
+def check_placement(placement: str) -> None:
+    """Raise for a placement that is not known.
+
+    Raises:
+        ValueError: with the name that was probably meant.
+    """
+    if placement not in PLACEMENTS:
+        near = difflib.get_close_matches(str(placement), PLACEMENTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown placement {placement!r}{hint} Valid: {', '.join(PLACEMENTS)}")
 
 
 def make_plan(
@@ -71,10 +85,7 @@ def make_plan(
             nothing; a scheme that a layer cannot take.
     """
     checked = Rules(rules)
-    if placement not in PLACEMENTS:
-        raise ValueError(
-            f"unknown placement {placement!r}; use one of {', '.join(map(repr, PLACEMENTS))}"
-        )
+    check_placement(placement)
     if placement == "none":
         return _plan_of_layers(model, checked)
     if flow is None:

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import itertools
 import json
 
@@ -22,13 +23,18 @@ from pytorch_quant import (
     INT4_WEIGHT_ONLY,
     INT8,
     INT8_DYNAMIC,
+    QuantDescriptor,
+    Scheme,
+    TensorQuantizer,
     calibrate,
     export_onnx,
     quantize,
 )
 from pytorch_quant.analysis import INT4, search_bits
 from pytorch_quant.analysis.bit_problem import BitProblem
+from pytorch_quant.analysis.bit_search import choice_names
 from pytorch_quant.placement.layers import find_layers
+from pytorch_quant.scheme import PRESETS
 
 
 def search(model, batches, budget, choices=(INT4, INT8, None), **options):
@@ -159,6 +165,57 @@ def test_rules_give_the_predicted_model_on_digits(method):
     plain = json.loads(found.to_json())
     assert plain["rules"]["head"] is None and plain["method"] == method
     assert "chosen" in str(found) and "INT4" in str(found)
+
+
+DEFAULT_CHOICES = inspect.signature(search_bits).parameters["choices"].default
+
+
+def descriptors(model):
+    return {
+        name: (q.num_bits, q.axis, q.unsigned, q.dynamic, q.fake_quant)
+        for name, q in model.named_modules()
+        if isinstance(q, TensorQuantizer)
+    }
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [DEFAULT_CHOICES, *((choice,) for choice in DEFAULT_CHOICES), tuple(PRESETS.values())],
+    ids=lambda choices: "-".join(choice_names(choices)),
+)
+def test_quantize_takes_the_rules_in_every_form(choices):
+    model, batches = mlp()
+    placement = "onnxruntime"
+    # With a choice, the budget has to make use of it.
+    budget = 0.25 if len(choices) > 1 else 1.0
+    found = search(model, batches, budget, choices, placement=placement)
+    forms = (found.rules, found.as_dict()["rules"], json.loads(found.to_json())["rules"])
+    made = [
+        descriptors(
+            quantize(copy.deepcopy(model), rules, example_inputs=batches[0], placement=placement)
+        )
+        for rules in forms
+    ]
+    assert made[0] == made[1] == made[2]
+    for row in found.layers:
+        scheme = None if row.choice == "float" else PRESETS[row.choice]
+        for operand in ("input", "weight"):
+            wanted = getattr(scheme, operand, None)
+            got = made[0].get(f"{row.name}._{operand}_quantizer")
+            if wanted is not None:
+                assert got is not None and got[0] == wanted.num_bits
+                assert got[3] == wanted.dynamic
+                channels = operand == "weight" and scheme.per_channel
+                assert got[1] == (0 if channels else wanted.axis)
+            elif scheme is None:
+                assert got is None
+
+
+def test_a_choice_does_not_take_the_name_of_a_preset():
+    model, batches = mlp()
+    coarse = Scheme("INT8", QuantDescriptor(8), QuantDescriptor(3))
+    with pytest.raises(ValueError, match="the preset INT8; give it a name of its own"):
+        search(model, batches, 1.0, (coarse, None))
 
 
 def test_a_layer_takes_only_what_fits_it():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ from pytorch_quant.export.lint import (  # noqa: F401  (each enters its rules in
     weights,
     well_formed,
 )
-from pytorch_quant.export.lint.finding import NOT_CHECKED, RULES, TARGETS, Finding, Rule
+from pytorch_quant.export.lint.finding import NOT_CHECKED, RULES, Finding, Rule
 from pytorch_quant.export.lint.graph import open_graph
+from pytorch_quant.export.targets import check_target
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -65,14 +65,6 @@ def lint_onnx(path: str | os.PathLike[str] | ModelProto, target: str = "tensorrt
                 )
             )
     return findings
-
-
-def check_target(target: str) -> None:
-    """Raise ValueError for a runtime that there are no rules for."""
-    if target not in TARGETS:
-        near = difflib.get_close_matches(str(target), TARGETS, n=1, cutoff=0.4)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}{guess}")
 
 
 def _place(rule: Rule) -> tuple[int, int]:

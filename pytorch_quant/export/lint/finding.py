@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from pytorch_quant.export.lint.graph import Graph, Node
 
 SEVERITIES = ("error", "warning", "performance")
-TARGETS = ("tensorrt", "onnxruntime", "openvino")
 TENSORRT = ("tensorrt",)
 
 

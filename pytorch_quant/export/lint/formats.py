@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pytorch_quant.export.lint.finding import TARGETS, Problem, rule
+from pytorch_quant.export.lint.finding import Problem, rule
 from pytorch_quant.export.lint.graph import Graph, Node
 from pytorch_quant.export.lint.grids import (
     E2M1,
@@ -24,6 +24,7 @@ from pytorch_quant.export.lint.grids import (
     source_dq,
 )
 from pytorch_quant.export.lint.operators import CONVOLUTIONS, QDQ
+from pytorch_quant.export.targets import TARGETS
 
 _Q, _DQ = QDQ
 

@@ -136,8 +136,8 @@ def residual_add(graph: Graph) -> Iterator[Problem]:
                 node,
                 "its convolution is quantized and neither input is, so the identity stays float "
                 "and the Add is not fused into the convolution",
-                f"add a residual quantizer on {place}, the {which} branch: QuantAdd, or "
-                "quantize(model, example_inputs=...)",
+                f"add a residual quantizer on {place}, the {which} branch: QuantAdd with it as "
+                "the second operand, or quantize(model, example_inputs=...)",
             )
         elif short is not None and quantized[1 - short]:
             yield Problem(
@@ -161,7 +161,8 @@ def concat_scales(graph: Graph) -> Iterator[Problem]:
         # Several Q nodes on one float tensor are L5.
         grids = dict.fromkeys(grid(graph, n) for n in (*known, *(behind if known else ())))
         fix = (
-            "let the inputs and the result share one quantizer: QuantConcat, or "
+            "let the inputs and the result share one quantizer: QuantConcat, whose "
+            "_input_quantizer is assigned to the layers that read the same tensors too, or "
             "quantize(model, example_inputs=...)"
         )
         if len(grids) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytorch_quant.export.lint.attention import in_attention
-from pytorch_quant.export.lint.finding import TARGETS, Problem, rule
+from pytorch_quant.export.lint.finding import Problem, rule
 from pytorch_quant.export.lint.float_layers import is_rgb_conv
 from pytorch_quant.export.lint.graph import Graph, Node
 from pytorch_quant.export.lint.grids import (
@@ -29,6 +29,7 @@ from pytorch_quant.export.lint.operators import (
     WEIGHTED,
 )
 from pytorch_quant.export.lint.weights import folded_weight, weight_dq
+from pytorch_quant.export.targets import TARGETS
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pytorch_quant.export.lint.finding import TARGETS, Problem, rule
+from pytorch_quant.export.lint.finding import Problem, rule
 from pytorch_quant.export.lint.graph import Graph, Node
 from pytorch_quant.export.lint.grids import (
     BFLOAT16,
@@ -26,6 +26,7 @@ from pytorch_quant.export.lint.grids import (
     scale_count,
 )
 from pytorch_quant.export.lint.operators import QDQ, WEIGHTED
+from pytorch_quant.export.targets import TARGETS
 
 _Q, _DQ = QDQ
 _EXPORT = "export with export_onnx, which writes this"
