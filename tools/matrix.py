@@ -101,12 +101,11 @@ class Result:
 
 
 def lowest_versions(setup: Path = ROOT / "setup.cfg") -> list[str]:
-    """`package==version` for every dependency and extra of setup.cfg that has a lowest version."""
+    """`package==version` for what the package runs with and setup.cfg has a lowest version of."""
     parser = configparser.ConfigParser()
     parser.read(setup)
     extras = parser["options.extras_require"]
-    lines = parser["options"]["install_requires"].split() + extras["dev"].split()
-    lines += extras.get("onnxruntime", "").split()
+    lines = parser["options"]["install_requires"].split() + extras["onnxruntime"].split()
     pins = {}
     for line in lines:
         found = re.fullmatch(r"([\w.-]+)>=([\w.]+)", line)
