@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,6 @@ from pytorch_quant.batches import copied, tensors_in
 from pytorch_quant.export.arguments import tensor_leaves
 from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import FloatFormat, IntFormat
-from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.plain_pass import plain_forward
 
@@ -71,16 +68,6 @@ class Simulation:
     layers: list[LayerCall]
 
 
-@contextmanager
-def simulated_forward(model: nn.Module) -> Iterator[None]:
-    """Let `model` run as it is exported: quantized, in eval mode, without gradients."""
-    modes = [(q, q._if_quant, q._if_clip) for q in named_quantizers(model).values()]
-    with plain_forward(model):
-        for quantizer, quant, clip in modes:
-            quantizer._if_quant, quantizer._if_clip = quant, clip
-        yield
-
-
 def simulate(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layers: bool = False
 ) -> Simulation:
@@ -96,7 +83,7 @@ def simulate(
     count = itertools.count()
 
     def quantizer_hook(quantizer: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-        if not quantizer.disabled and quantizer._if_quant:
+        if quantizer.quantizes:
             x, scale = _seen(quantizer, given[0])
             floating = isinstance(quantizer.format, FloatFormat)
             call = QuantizerCall(_kept(x), _kept(y), scale, floating, next(count))
@@ -120,7 +107,7 @@ def simulate(
         elif module not in parts and parts.issuperset(module.children()):
             hooks.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
     try:
-        with simulated_forward(model):
+        with plain_forward(model, quantized=True):
             found.outputs = [
                 _kept(t) for t in tensor_leaves(model(*copied(args), **copied(kwargs)))
             ]

@@ -176,7 +176,7 @@ class WeightGrid:
 
 
 def _scale(weight: Tensor, quantizer: TensorQuantizer, fmt: Format) -> Tensor:
-    block, axis = quantizer._block_size, quantizer.axis
+    block, axis = quantizer.block_size, quantizer.axis
     if block is None:
         return compute_scale(quantizer._effective_amax(weight, axis), fmt, weight.dtype)
     assert isinstance(axis, int)

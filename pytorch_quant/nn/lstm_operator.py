@@ -178,15 +178,15 @@ def _is_dynamic_lstm(module: Any) -> bool:
 def _is_dynamic(quantizer: Any) -> bool:
     if not isinstance(quantizer, TensorQuantizer):
         return False
-    return quantizer.dynamic and not quantizer.disabled and quantizer._if_quant
+    return quantizer.dynamic and quantizer.quantizes
 
 
 def _weight_problem(quantizer: Any) -> str | None:
-    if not isinstance(quantizer, TensorQuantizer) or quantizer.disabled or not quantizer._if_quant:
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.quantizes:
         return "its weights are float; enable their quantizers, or disable those of the inputs"
     fmt = quantizer.format
     if not isinstance(fmt, IntFormat) or fmt.bits > 8 or not fmt.signed:
         return f"its weights are {fmt.name}; use 8 bits"
-    if quantizer.dynamic or quantizer._block_size is not None or quantizer.axis not in (None, 0):
+    if quantizer.dynamic or quantizer.block_size is not None or quantizer.axis not in (None, 0):
         return f"its weights are quantized otherwise ({quantizer.extra_repr()}); use axis=0"
     return None

@@ -43,6 +43,37 @@ class RangeParameter(nn.Module):
         """The parameter behind a range that `qat.learn_ranges` made trainable; else None."""
         return self._parameters.get("_amax")
 
+    @property
+    def learns(self) -> bool:
+        """Whether training changes its range by gradients."""
+        return self._learn_amax
+
+    @property
+    def learns_by_clip(self) -> bool:
+        """Whether it was made with `learn_amax=True`: the range is that of its clip."""
+        return self._learn_amax and self._range_method is None
+
+    @property
+    def range_momentum(self) -> float | None:
+        """The weight of earlier batches in a range that follows them; None if it stands still."""
+        return self._range_momentum
+
+    @property
+    def range_synced(self) -> bool:
+        """Whether a range that follows the batches is that of all processes."""
+        return self._range_synced
+
+    def follow_range(self, momentum: float | None, *, synced: bool | None = None) -> None:
+        """Let the range follow what passes in train mode, in place.
+
+        Args:
+            momentum: The weight of earlier batches; None stops it.
+            synced: Agree with the other processes in each forward pass; None leaves it.
+        """
+        self._range_momentum = momentum
+        if synced is not None:
+            self._range_synced = synced
+
     def learn_range(self, method: RangeMethod, *, weight: bool) -> None:
         """Make the present amax a parameter, in place.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytorch_quant import axes, qdq, qdq_blocks, qdq_dynamic
 from pytorch_quant.axes import Axis
-from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib import Calibrator
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.exporting import exporting, exporting_to_onnx
 from pytorch_quant.fake_quant import (
@@ -25,12 +25,11 @@ from pytorch_quant.learned_range import learned_fake_quantize
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.compiled import left_alone, refuse_calibration
 from pytorch_quant.nn.locate import calling_model, name_in
-from pytorch_quant.nn.quantizer_state import QuantizerState
-from pytorch_quant.nn.switches import QuantizerSwitches
+from pytorch_quant.nn.quantizer.collecting import Collecting
 from pytorch_quant.traced_values import with_values
 
 
-class TensorQuantizer(QuantizerSwitches, QuantizerState):
+class TensorQuantizer(Collecting):
     """Quantizes the tensor that passes through it.
 
     What it does is the sum of its modes: collect statistics for calibration, clip, quantize; or
@@ -72,21 +71,9 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             self.clip = Clip(low, init_amax, learn_min=True, learn_max=True)
         if desc.learn_amax or if_clip:
             self.enable_clip()
-        self._calibrator: Calibrator | None = self._make_calibrator(desc.calib_method)
-
-    def _make_calibrator(self, method: str) -> Calibrator | None:
-        if self._dynamic:
-            return None
-        # The blocks of a block quantizer reach the calibrator as the rows of a matrix.
-        axis = self._axis if self._block_size is None else 0
-        kind = HistogramCalibrator if method == "histogram" else MaxCalibrator
-        return kind(self._num_bits, axis, self._unsigned)
-
-    def _format_changed(self) -> None:
-        calibrator = getattr(self, "_calibrator", None)
-        if isinstance(calibrator, Calibrator):
-            axis = self._axis if self._block_size is None else 0
-            calibrator.retarget(self._num_bits, axis, self._unsigned)
+        self._calibrator: Calibrator | None = None
+        if not desc.dynamic:
+            self._calibrator = self.fresh_calibrator(desc.calib_method)
 
     @property
     def amax(self) -> Tensor | None:
@@ -94,7 +81,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         if self.learned_range is not None:
             learned = self._learned_amax()
             return None if learned is None else learned.detach()
-        if self._learn_amax and self._range_method is None:
+        if self.learns_by_clip:
             clip = self.clip
             return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
         return getattr(self, "_amax", None)
@@ -104,11 +91,6 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         self._set_amax(value)
         if self._learn_amax and value is not None:
             self.init_learn_amax()
-
-    @property
-    def calibrator(self) -> Calibrator | None:
-        """The calibrator; None for a dynamic quantizer."""
-        return self._calibrator
 
     @property
     def format(self) -> Format:
@@ -134,34 +116,25 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
     @property
     def needs_amax(self) -> bool:
         """Whether it would quantize, and an export has no range to write for it."""
-        active = self._if_quant and not self._disabled
-        return active and not (self.calibrated or self.use_fb_fake_quant)
+        return self.quantizes and not (self.calibrated or self.use_fb_fake_quant)
 
     # Ranges
 
-    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
-        """Take amax from what the calibrator has collected.
+    def set_range(self, amax: Tensor) -> None:
+        """Quantize with `amax` from now on, where a learned range starts, too.
+
+        What calibration and rewritten weights give; a user's own value is checked by the property
+        `amax`. An amax in place stays the same tensor if it has that shape.
 
         Args:
-            *args: Arguments of the calibrator's `compute_amax`, such as the method.
-            **kwargs: The same as keywords; `strict=False` makes the amax of a calibrator that saw
-                nothing NaN instead of raising.
+            amax: Of the shape that `amax` has. NaN stands for what no batch reached.
 
         Raises:
-            RuntimeError: there is no calibrator, or it saw nothing.
+            RuntimeError: the range is that of a clip, which has one value.
         """
-        strict = kwargs.pop("strict", True)
-        if self._calibrator is None:
-            raise RuntimeError(f"{self._who()} has no calibrator to load an amax from")
-        amax = self._calibrator.compute_amax(*args, **kwargs)
-        if amax is None:
-            if strict:
-                raise RuntimeError(
-                    f"{self._who()}: Calibrator returned None; it has seen no tensor. "
-                    "Run batches between enable_calib() and disable_calib(), or pass strict=False"
-                )
-            amax = torch.tensor(math.nan)
         self._store_amax(amax)
+        if self._learn_amax:
+            self.init_learn_amax()
 
     def init_learn_amax(self) -> None:
         """Start the learned range from the amax that calibration gave.
@@ -186,7 +159,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
 
     def _scaled(self, amax: Tensor) -> Tensor:
         # The clip of a learned range has the factor in it from the start.
-        if self._scale_amax is None or (self._learn_amax and self._range_method is None):
+        if self._scale_amax is None or self.learns_by_clip:
             return amax
         return amax * self._scale_amax
 
@@ -256,7 +229,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             left_alone(self._collect_named)(inputs)
         # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
         if self._pre_quant_scale is not None:
-            inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
+            inputs = self.prescaled(inputs)
         if self._disabled:
             return inputs
         if self._range_momentum is not None and self.training:
@@ -266,36 +239,6 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         if self._if_quant:
             inputs = self._quantize(inputs)
         return inputs
-
-    def collect(self, inputs: Tensor) -> None:
-        """Show a tensor to the calibrator, whatever the modes are.
-
-        Raises:
-            CalibrationError: a tensor that calibration cannot use; what was collected is kept.
-            RuntimeError: there is no calibrator, or the shape along the kept axis changed.
-        """
-        if self._calibrator is None:
-            raise RuntimeError("there is no calibrator to collect with")
-        # The tensor itself, by which calibrators know that they meet the same one.
-        values = inputs
-        if self._pre_quant_scale is not None:
-            values = values.detach() * self._pre_quant_scale.to(values.dtype)
-        if self._block_size is not None:
-            values = axes.to_groups(values.detach(), self._block_axis(), self._block_size)
-        self._calibrator.collect(values)
-
-    def _collect_named(self, inputs: Tensor) -> None:
-        try:
-            self.collect(inputs)
-        except (RuntimeError, ValueError) as error:
-            # Other subclasses, such as out of memory, keep their own form.
-            if type(error) not in (CalibrationError, RuntimeError, ValueError):
-                raise
-            raise type(error)(f"{self._who()}: {error}") from error
-
-    def _block_axis(self) -> int:
-        assert isinstance(self._axis, int)
-        return self._axis
 
     def _quantize(self, inputs: Tensor) -> Tensor:
         try:

@@ -50,10 +50,10 @@ def choose_best(
     judged = {
         name: quantizer
         for name, quantizer in quantizers.items()
-        if isinstance(quantizer._calibrator, HistogramCalibrator) and quantizer._calibrator.seen
+        if isinstance(quantizer.calibrator, HistogramCalibrator) and quantizer.calibrator.seen
     }
-    raise_named({name: quantizer._calibrator for name, quantizer in quantizers.items()})
-    calibrators = [quantizer._calibrator for quantizer in judged.values()]
+    raise_named({name: quantizer.calibrator for name, quantizer in quantizers.items()})
+    calibrators = [quantizer.calibrator for quantizer in judged.values()]
     amax = {method: compute_together(calibrators, method) for method in CANDIDATES}  # type: ignore[arg-type]
     trials = {
         name: _Trial(quantizer, {m: a for m in CANDIDATES if (a := amax[m][i]) is not None})
@@ -107,11 +107,11 @@ def choose_alike(
             stage.alone = lockstep
             choose_best(model, quantizers, sample[: counts[first]], forward, progress)
             stage.alone = False
-        stage.value = {name: getattr(q._calibrator, "best", None) for name, q in quantizers.items()}
+        stage.value = {name: getattr(q.calibrator, "best", None) for name, q in quantizers.items()}
     if together:
         for name, quantizer in quantizers.items():
-            if isinstance(quantizer._calibrator, HistogramCalibrator):
-                quantizer._calibrator.best = stage.values[first][name]
+            if isinstance(quantizer.calibrator, HistogramCalibrator):
+                quantizer.calibrator.best = stage.values[first][name]
 
 
 class _Trial:
