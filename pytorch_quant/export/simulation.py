@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pytorch_quant.batches import copied, tensors_in
 from pytorch_quant.export.arguments import tensor_leaves
-from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import FloatFormat, IntFormat
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.plain_pass import plain_forward
@@ -137,19 +136,11 @@ def _parts_of_quantizers(model: nn.Module) -> set[nn.Module]:
 
 def _seen(quantizer: TensorQuantizer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What reaches QuantizeLinear, and the scale there."""
-    if quantizer._pre_quant_scale is not None:
-        x = x * quantizer._pre_quant_scale.to(x.dtype)
-    if quantizer._if_clip:
-        x = quantizer.clip(x)
-    if quantizer.dynamic:
-        # DynamicQuantizeLinear: the range includes 0, and has 255 steps.
-        wide = x.float()
-        return x, ((wide.max().clamp(min=0) - wide.min().clamp(max=0)) / 255).cpu()
-    if quantizer._block_size is not None:
-        return x, None
-    amax = quantizer._effective_amax(x, quantizer._axis)
-    fmt = quantizer.format
-    scale = compute_scale(amax, fmt, x.dtype)
+    entered = quantizer.entering(x)
+    if quantizer.block_size is not None:
+        return entered.x, None
+    scale, x = entered.scale, entered.x
+    fmt = entered.format
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
         # ONNX has no such type: the file clips, and writes int8.
         x = torch.maximum(x, (fmt.qmin * scale).to(x.dtype))

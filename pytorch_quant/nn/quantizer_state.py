@@ -206,15 +206,9 @@ class QuantizerState(QuantizerSwitches):
 
     # Buffers
 
-    def _drop_kept(self) -> None:
-        """Forget what `cached_weights` keeps, as it no longer holds."""
-        kept = self.__dict__.get("_kept")
-        if kept is not None:
-            kept.drop()
-
     def _store_amax(self, amax: Tensor) -> None:
         """Make `amax` the buffer; in place where one of that shape exists."""
-        self._drop_kept()
+        self._changed()
         with torch.inference_mode(False), torch.no_grad():
             device = self.device if amax.device.type == "cpu" else amax.device
             amax = amax.detach().to(device, torch.float32)
@@ -229,7 +223,7 @@ class QuantizerState(QuantizerSwitches):
                 self._amax = amax.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._drop_kept()
+        self._changed()
         if name != "_amax" or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
@@ -244,7 +238,7 @@ class QuantizerState(QuantizerSwitches):
             self.register_buffer(name, tensor.to(torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._drop_kept()
+        self._changed()
         exact, learned = self._buffers.get("_amax"), self.learned_range
         exact_learned = None if learned is None else learned.detach()
         super()._apply(fn, recurse)
@@ -265,7 +259,7 @@ class QuantizerState(QuantizerSwitches):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._drop_kept()
+        self._changed()
         refused = {}
         state_dict = self._in_own_shape(state_dict, prefix)
         for buffer in _BUFFERS:

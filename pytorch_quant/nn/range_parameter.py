@@ -11,9 +11,10 @@ from pytorch_quant import axes, distributed
 from pytorch_quant.axes import Axis
 from pytorch_quant.formats import Format
 from pytorch_quant.learned_range import RangeMethod, positive
+from pytorch_quant.nn.quantizer.interception import Intercepted
 
 
-class RangeParameter(nn.Module):
+class RangeParameter(Intercepted):
     """What `TensorQuantizer` knows of ranges that training changes; `pytorch_quant.qat` uses it.
 
     A learned range is the parameter `_amax` in the place of the buffer of that name, so that
@@ -36,6 +37,10 @@ class RangeParameter(nn.Module):
     @property
     def format(self) -> Format:
         """The number format of the codes."""
+        raise NotImplementedError
+
+    def prescaled(self, x: Tensor) -> Tensor:
+        """`x` times the pre-quantization scale."""
         raise NotImplementedError
 
     @property
@@ -174,7 +179,7 @@ class RangeParameter(nn.Module):
         if momentum is None or _recomputing():
             return
         with torch.no_grad():
-            values, axis = inputs.detach(), self._axis
+            values, axis = self.prescaled(inputs.detach()), self._axis
             if self._block_size is not None:
                 assert isinstance(axis, int)
                 values, axis = axes.to_groups(values, axis, self._block_size), 0

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pytorch_quant import axes, qdq, qdq_blocks, qdq_dynamic
+from pytorch_quant import axes, qdq
 from pytorch_quant.axes import Axis
 from pytorch_quant.calib import Calibrator
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.exporting import exporting, exporting_to_onnx
-from pytorch_quant.fake_quant import (
-    fake_quantize,
-    fake_quantize_dynamic,
-    quantize,
-    torch_fake_quantize,
-)
-from pytorch_quant.formats import Format, IntFormat, make_format
-from pytorch_quant.learned_range import learned_fake_quantize
+from pytorch_quant.formats import Format, make_format
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.compiled import left_alone, refuse_calibration
 from pytorch_quant.nn.locate import calling_model, name_in
 from pytorch_quant.nn.quantizer.collecting import Collecting
+from pytorch_quant.nn.quantizer.entered import Entered
+from pytorch_quant.nn.quantizer.ways import way_of
 from pytorch_quant.traced_values import with_values
 
 
@@ -45,12 +39,6 @@ class TensorQuantizer(Collecting):
 
     use_fb_fake_quant: ClassVar[bool] = False
     """Compute with torch's own `fake_quantize_per_*_affine`; also settable on one instance."""
-
-    _kept: Any = None
-    """The `KeptWeights` of a weight quantizer while `cached_weights` holds it."""
-
-    _write_pair: Callable[[Tensor], Tensor] | None = None
-    """Set while `export_onnx` runs, which holds the range already."""
 
     def __init__(
         self,
@@ -105,8 +93,8 @@ class TensorQuantizer(Collecting):
     @property
     def step_size(self) -> Tensor | None:
         """`amax / bound`, float32, real units per step; None when uncalibrated."""
-        amax = self.amax
-        return None if amax is None else self._scaled(amax).float() / self.format.bound
+        amax = self.amax_in_use
+        return None if amax is None else amax / self.format.bound
 
     @property
     def scale(self) -> Tensor | None:
@@ -157,14 +145,31 @@ class TensorQuantizer(Collecting):
             self.clip.clip_value_max.copy_(value)
             self.clip.clip_value_min.copy_(value * 0 if self._unsigned else -value)
 
+    @property
+    def amax_in_use(self) -> Tensor | None:
+        """`amax` times `scale_amax`, float32, which is what it quantizes with."""
+        amax = self.amax
+        return None if amax is None else self._scaled(amax).float()
+
     def _scaled(self, amax: Tensor) -> Tensor:
         # The clip of a learned range has the factor in it from the start.
         if self._scale_amax is None or self.learns_by_clip:
             return amax
         return amax * self._scale_amax
 
-    def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
-        amax = self._range_in_use(None if self.learned_range is not None else self.amax)
+    def _range_for(self, inputs: Tensor, axis: Axis, given: Tensor | None = None) -> Tensor:
+        """The range in the shape in which it broadcasts against `inputs`.
+
+        Args:
+            inputs: What is rounded.
+            axis: Its kept axis.
+            given: A range to take in the place of the quantizer's own, as calibration gives it.
+        """
+        if given is not None:
+            amax: Tensor | None = given * (self._scale_amax or 1.0)
+        else:
+            amax = self._range_in_use(None if self.learned_range is not None else self.amax)
+            amax = None if amax is None else self._scaled(amax.float())
         if amax is None:
             return self._scaled(axes.reduce_amax(inputs.detach(), axis).float())
         if amax.device != inputs.device:
@@ -172,7 +177,6 @@ class TensorQuantizer(Collecting):
                 f"{self._who()}: the input is on {inputs.device}, amax on {amax.device}; "
                 "move the model or the batch so that both are on one device"
             )
-        amax = self._scaled(amax.float())
         if not amax.dim() or self._block_size is not None:
             return amax
         # The stored axis decides where the values lie; broadcasting would guess.
@@ -187,17 +191,19 @@ class TensorQuantizer(Collecting):
             f"{axes.amax_shape(inputs.shape, axis)}"
         )
 
-    def _amax_to_write(self, inputs: Tensor, axis: Axis) -> Tensor:
-        """As `_effective_amax` while an exporter traces, with its values if they are known."""
+    def _range_to_write(self, inputs: Tensor, axis: Axis) -> Tensor:
+        """As `_range_for` while an exporter traces, with its values if they are known."""
+        if self.needs_amax:
+            self._refuse_export()
         if torch.jit.is_tracing():
             with qdq.meant_as_constants():
-                return self._effective_amax(inputs, axis)
+                return self._range_for(inputs, axis)
         if not self.calibrated:
-            return self._effective_amax(inputs, axis)
+            return self._range_for(inputs, axis)
         with with_values(self) as known:
             if known:
-                return self._effective_amax(inputs, axis)
-        return self._effective_amax(inputs, axis)
+                return self._range_for(inputs, axis)
+        return self._range_for(inputs, axis)
 
     # Forward
 
@@ -218,8 +224,8 @@ class TensorQuantizer(Collecting):
             ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
                 integer form.
         """
-        if self._kept is not None:
-            return self._kept.quantized(self, lambda: inputs, (inputs,))
+        if self._handlers:
+            return self._within(self._handlers)(inputs)
         return self._process(inputs)
 
     def _process(self, inputs: Tensor) -> Tensor:
@@ -227,80 +233,45 @@ class TensorQuantizer(Collecting):
             if torch.compiler.is_dynamo_compiling():
                 refuse_calibration()
             left_alone(self._collect_named)(inputs)
-        # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
-        if self._pre_quant_scale is not None:
-            inputs = self.prescaled(inputs)
         if self._disabled:
-            return inputs
+            # A pre-quantization scale is undone in the weight, so it acts even so.
+            return self.prescaled(inputs)
         if self._range_momentum is not None and self.training:
             self._follow(inputs)
-        if self._if_clip:
-            inputs = self.clip(inputs)
-        if self._if_quant:
-            inputs = self._quantize(inputs)
-        return inputs
+        return self._quantize(inputs) if self._if_quant else self.reaching(inputs)
+
+    def reaching(self, x: Tensor) -> Tensor:
+        """What reaches the rounding: `x` times the pre-quantization scale, clipped."""
+        x = self.prescaled(x)
+        return self.clip(x) if self._if_clip else x
+
+    def entering(self, x: Tensor, amax: Tensor | None = None) -> Entered:
+        """The values, rows, range and scale with which `forward` quantizes `x`.
+
+        Args:
+            x: As it comes to the quantizer.
+            amax: A range to take in the place of its own, such as `calibrator.compute_amax` gives.
+
+        Raises:
+            RuntimeError: wrong device.
+            ValueError: the axis or the range does not fit `x`.
+        """
+        return way_of(self).enter(self, self.reaching(x), amax)
+
+    def leaving(self, entered: Entered) -> Tensor:
+        """What `forward` makes of a tensor that has entered."""
+        return way_of(self).quantize(self, entered)
 
     def _quantize(self, inputs: Tensor) -> Tensor:
         try:
-            if self._block_size is None:
-                return self._quantize_values(inputs, self._axis)
-            to_onnx = exporting_to_onnx()
-            if to_onnx and self._write_pair is not None:
-                return self._write_pair(inputs)
-            if to_onnx:
-                qdq_blocks.check_blocks(inputs, self._block_axis(), self._block_size)
-            rows = axes.to_groups(inputs, self._block_axis(), self._block_size)
-            if to_onnx:
-                if self.needs_amax:
-                    self._refuse_export()
-                grid, amax = (self._block_axis(), self._block_size), self._amax_to_write(rows, 0)
-                return qdq_blocks.quantize_dequantize_blocks(
-                    inputs, amax, *grid, self.format, scale_dtype=_scale_dtype(inputs)
-                )
-            rows = self._quantize_values(rows, 0)
-            return axes.from_groups(rows, inputs.shape, self._block_axis())
+            if exporting_to_onnx():
+                return way_of(self).write(self, self.reaching(inputs))
+            if exporting() and self.needs_amax:
+                self._refuse_export()
+            return self.leaving(self.entering(inputs))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{self._who()}: {error}") from error
-
-    def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
-        to_onnx = exporting_to_onnx()
-        if self._dynamic:
-            if to_onnx:
-                return qdq_dynamic.dynamic_quantize_dequantize(inputs)
-            return fake_quantize_dynamic(inputs)
-        axes.kept_axes(axis, inputs.dim())
-        if to_onnx and self._write_pair is not None:
-            return self._write_pair(inputs)
-        if (to_onnx or exporting()) and self.needs_amax:
-            self._refuse_export()
-        amax = self._amax_to_write(inputs, axis) if to_onnx else self._effective_amax(inputs, axis)
-        if self._block_size is not None and amax.dim():
-            amax = amax.reshape(-1, 1)
-        if not self._fake_quant:
-            return quantize(inputs, amax, self.format)[0]
-        dtype = _scale_dtype(inputs)
-        if to_onnx:
-            axis = self._amax_axis(amax, axis)
-            return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
-        if self._range_method is not None:
-            method, weight = self._range_method, self._range_of_weight
-            form = self.format
-            return learned_fake_quantize(
-                inputs, amax, form, method, weight=weight, scale_dtype=dtype
-            )
-        if self.use_fb_fake_quant and isinstance(self.format, IntFormat):
-            return torch_fake_quantize(inputs, amax, self._amax_axis(amax, axis), self.format)
-        return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
-
-    def _amax_axis(self, amax: Tensor, axis: Axis) -> Axis:
-        """The axis that `amax` varies along: the stored one, unless amax was replaced."""
-        if amax.dim() == 0:
-            return None
-        if axis is not None:
-            return axis
-        varying = [a for a, n in enumerate(amax.shape) if n != 1]
-        return varying[0] if len(varying) == 1 else tuple(varying) or None
 
     def _refuse_export(self) -> None:
         model = calling_model(self)
@@ -321,9 +292,3 @@ def uncalibrated_error(names: list[str]) -> RuntimeError:
         f"export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
         f"Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True).{hint}"
     )
-
-
-def _scale_dtype(inputs: Tensor) -> torch.dtype:
-    # Under autocast the half-precision tensors are temporary: the exported model is float32.
-    autocast = torch.is_autocast_enabled(inputs.device.type)
-    return torch.float32 if autocast else inputs.dtype

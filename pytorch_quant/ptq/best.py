@@ -169,25 +169,14 @@ def _judging(layers: dict[nn.Module, list[_Trial]]) -> Iterator[None]:
 
 @contextmanager
 def _only(quantizer: TensorQuantizer, amax: Tensor) -> Iterator[None]:
-    """Quantize with `amax`; what the quantizer held comes back."""
-    held = quantizer._buffers.get("_amax")
-    parameter = quantizer._parameters.pop("_amax", None)
-    learned = quantizer._learn_amax
-    quantizer._buffers["_amax"] = amax
-    # A learned range is asked for its clip values otherwise.
-    quantizer._learn_amax = False
-    quantizer.enable_quant()
-    try:
-        yield
-    finally:
-        quantizer.disable_quant()
-        quantizer._learn_amax = learned
-        if held is None:
-            quantizer._buffers.pop("_amax", None)
-        else:
-            quantizer._buffers["_amax"] = held
-        if parameter is not None:
-            quantizer._parameters["_amax"] = parameter
+    """Quantize with `amax`."""
+    with quantizer.intercepted(lambda x, _: quantizer.leaving(quantizer.entering(x, amax))):
+        # A recurrent layer calls no quantizers that are off.
+        quantizer.enable_quant()
+        try:
+            yield
+        finally:
+            quantizer.disable_quant()
 
 
 def _layer_of(model: nn.Module, name: str) -> nn.Module:
