@@ -127,6 +127,21 @@ def reduce_amax(x: Tensor, axis: Axis = None) -> Tensor:
     return torch.maximum(x.amax(reduced, keepdim=True), -x.amin(reduced, keepdim=True))
 
 
+def varying_axis(shape: Sequence[int], axis: Axis) -> Axis:
+    """The axis that an amax of this shape varies along: `axis`, unless amax was replaced.
+
+    Args:
+        shape: Of the amax.
+        axis: The axis that is stored for it.
+    """
+    if not len(shape):
+        return None
+    if axis is not None:
+        return axis
+    varying = [a for a, n in enumerate(shape) if n != 1]
+    return varying[0] if len(varying) == 1 else tuple(varying) or None
+
+
 def split_blocks(x: Tensor, axis: int, block_size: int) -> Tensor:
     """View `x` with `axis` split into `(blocks, block_size)`.
 

@@ -248,7 +248,7 @@ def _set_ranges(pair: FoldablePair) -> None:
         if new.axis != new.quantizer.axis:
             new.quantizer.axis = new.axis
         if new.amax is not None:
-            new.quantizer._store_amax(new.amax)
+            new.quantizer.set_range(new.amax)
 
 
 def _note(pair: FoldablePair, new_bias: bool) -> str:

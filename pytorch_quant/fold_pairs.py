@@ -299,9 +299,9 @@ def _new_range(name: str, quantizer: TensorQuantizer, layer: Any, scale: Tensor)
     """The range with which `weight * scale`, channel by channel, has the codes of `weight`."""
     transposed = isinstance(layer, _ConvTransposeNd)
     channel, shape = int(transposed), layer.weight.shape
-    axis, amax, block = quantizer.axis, quantizer.amax, quantizer._block_size
-    if quantizer.dynamic or quantizer._learn_amax:
-        kind = "learned" if quantizer._learn_amax else "dynamic"
+    axis, amax, block = quantizer.axis, quantizer.amax, quantizer.block_size
+    if quantizer.dynamic or quantizer.learns:
+        kind = "learned" if quantizer.learns else "dynamic"
         raise NotFoldable(f"{name} has a {kind} range, one for all channels")
     if quantizer.unsigned and bool((scale < 0).any()):
         raise NotFoldable(f"{name} is unsigned, and a scale of it is negative")

@@ -16,12 +16,16 @@ from pytorch_quant.nn.modes import named_quantizers, preserved_modes
 
 
 @contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
+def plain_forward(model: nn.Module, *, quantized: bool = False) -> Iterator[None]:
     """Let `model` run in eval mode, unquantized and without gradients, and put everything back.
 
     That is: train/eval and the modes of quantizers, the values of buffers, the state of torch's
     random generators, and the fused attention of torch, whose parts cannot be seen. Compiled
     modules run eagerly.
+
+    Args:
+        model: What runs inside.
+        quantized: Leave it to the modes of the quantizers whether they clip and quantize.
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     compiler = sys.modules.get("torch._dynamo")
@@ -43,9 +47,10 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
         ]
         model.eval()
         for quantizer in named_quantizers(model).values():
-            quantizer.disable_quant()
-            quantizer.disable_clip()
             quantizer.disable_calib()
+            if not quantized:
+                quantizer.disable_quant()
+                quantizer.disable_clip()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield

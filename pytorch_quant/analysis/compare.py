@@ -69,10 +69,10 @@ def compare_models(
     def compare(key: Key, tensor: Tensor) -> None:
         met[key] = _difference(held[key], tensor) if key in held else ""
 
-    with _as_it_is(a), _watched(a, keep):
+    with plain_forward(a, quantized=True), _watched(a, keep):
         run(a, copied(batch))
     readers: dict[int, TensorQuantizer] = {}
-    with _as_it_is(b), _watched(b, compare), _parameters_seen(b, readers):
+    with plain_forward(b, quantized=True), _watched(b, compare), _parameters_seen(b, readers):
         run(b, copied(batch))
     kinds = {name: kind_of(module) for name, module in a.named_modules()}
     rows = [
@@ -91,17 +91,6 @@ def compare_models(
         [name for name in kinds if name in ran_a - ran_b] + missing,
         [name for name, _ in b.named_modules() if name in ran_b - ran_a] + extra,
     )
-
-
-@contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, with quantizers as they are, but for calibration."""
-    quantizers = named_quantizers(model).values()
-    modes = [(q, q._if_quant, q._if_clip) for q in quantizers]
-    with plain_forward(model):
-        for quantizer, quants, clips in modes:
-            quantizer._if_quant, quantizer._if_clip = quants, clips
-        yield
 
 
 @contextmanager
@@ -231,7 +220,7 @@ def _weights(
         f"{name}." for name, module in b.named_modules() if isinstance(module, TensorQuantizer)
     )
     rows, missing = [], []
-    with _as_it_is(b):
+    with plain_forward(b, quantized=True):
         quantized = _quantized_weights(b, readers)
         for name, before in a.named_parameters():
             held = theirs.get(name)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from pytorch_quant import axes
 from pytorch_quant.analysis.noise import Noise
 from pytorch_quant.analysis.switches import Switch
-from pytorch_quant.fake_quant import compute_scale, dynamic_quantize, quantize_to_codes
 from pytorch_quant.formats import Format, IntFormat
 
 
@@ -41,28 +37,32 @@ class Observed:
             if id(x) in self._weights:
                 return
             self._weights.add(id(x))
-        quantizer = switch.stand_in
+        quantizer = switch.quantizer
         y = switch.quantized(x)
+        entered = quantizer.entering(x.detach())
         # SmoothQuant divides the activation; its quantizer sees the quotient.
-        if quantizer._pre_quant_scale is not None:
-            x = x * quantizer._pre_quant_scale.to(x.dtype)
-        self.noise.add(x, y)
+        self.noise.add(quantizer.prescaled(x), y)
         self.values += x.numel()
-        x = x.detach()
-        entered = quantizer.clip(x).detach() if quantizer._if_clip else x
+        x = quantizer.prescaled(x.detach())
         # The learned bounds of a clip need not lie symmetrically.
-        outside = entered != x
-        if not quantizer._if_quant:
+        outside = entered.x.detach() != x
+        if not quantizer.quantizes:
             self.clipped += int(outside.sum())
             return
-        codes, beyond, zero = _codes(quantizer, x, entered)
-        self.clipped += int((outside | beyond).sum())
-        index, size = _indices(codes, quantizer.format, quantizer._dynamic)
+        if entered.amax is not None:
+            rows = entered.as_rows(x)
+            beyond = rows.abs() > entered.amax
+            if not entered.format.signed:
+                beyond |= rows < 0
+            outside |= entered.in_shape(beyond)
+        self.clipped += int(outside.sum())
+        codes = entered.codes()
+        index, size = _indices(codes, entered.format)
         if self.used is None:
             self.used = torch.zeros(size, dtype=torch.bool, device=x.device)
         self.used[index.reshape(-1)] = True
         if channel_axis is not None and x.dim() > 0:
-            self._mark_channels(codes != zero, channel_axis % x.dim())
+            self._mark_channels(codes != entered.zero_point, channel_axis % x.dim())
 
     def _mark_channels(self, alive: Tensor, axis: int) -> None:
         others = [a for a in range(alive.dim()) if a != axis]
@@ -81,7 +81,7 @@ def check_real(switch: Switch, x: Tensor, batch: int) -> None:
     Raises:
         ValueError: they have none, naming the quantizer and the number of the batch.
     """
-    dynamic = switch.stand_in._dynamic
+    dynamic = switch.quantizer.dynamic
     count = int((~x.isfinite() if dynamic else x.isnan()).sum())
     if count:
         what = "NaN or Inf" if dynamic else "NaN"
@@ -91,32 +91,8 @@ def check_real(switch: Switch, x: Tensor, batch: int) -> None:
         )
 
 
-def _codes(quantizer: Any, x: Tensor, entered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes in the shape of `x`, which values lie outside of the range, the code of 0."""
-    if quantizer._dynamic:
-        codes, _, zero_point = dynamic_quantize(entered)
-        return codes, torch.zeros_like(x, dtype=torch.bool), zero_point
-    axis, block = quantizer._axis, quantizer._block_size
-    rows = entered if block is None else axes.to_groups(entered, axis, block)
-    amax = quantizer._effective_amax(rows, axis if block is None else 0)
-    if block is not None and amax.dim():
-        amax = amax.reshape(-1, 1)
-    fmt = quantizer.format
-    codes = quantize_to_codes(rows, compute_scale(amax, fmt, x.dtype), fmt)
-    wide = x if block is None else axes.to_groups(x, axis, block)
-    outside = wide.abs() > amax
-    if not fmt.signed:
-        outside |= wide < 0
-    if block is not None:
-        codes = axes.from_groups(codes, x.shape, axis)
-        outside = axes.from_groups(outside, x.shape, axis)
-    return codes, outside, codes.new_zeros(())
-
-
-def _indices(codes: Tensor, fmt: Format, dynamic: bool) -> tuple[Tensor, int]:
+def _indices(codes: Tensor, fmt: Format) -> tuple[Tensor, int]:
     """The number of each code on its grid, and the size of the grid."""
-    if dynamic:
-        return codes.long(), 256
     if isinstance(fmt, IntFormat):
         return (codes - fmt.qmin).long(), int(fmt.qmax - fmt.qmin) + 1
     positive = torch.from_numpy(fmt.magnitudes()).to(codes.device, codes.dtype)
@@ -130,8 +106,8 @@ def channel_axis(switch: Switch, kind: str, x: Tensor) -> int | None:
     Activations of convolutions, and others of four or five axes, have it in front of the spatial
     axes; the rest have it last.
     """
-    kept = switch.stand_in._axis
-    if isinstance(kept, int) and switch.stand_in._block_size is None:
+    kept = switch.quantizer.axis
+    if isinstance(kept, int) and switch.quantizer.block_size is None:
         return kept
     if x.dim() == 0:
         return None

@@ -67,7 +67,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_active(quantizer: TensorQuantizer) -> bool:
     """Whether it changes what passes through it."""
-    return not quantizer.disabled and (quantizer._if_quant or quantizer._if_clip)
+    return quantizer.quantizes or quantizer.clips
 
 
 def lacks_range(quantizer: TensorQuantizer) -> bool:

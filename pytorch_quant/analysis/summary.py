@@ -198,7 +198,7 @@ def _row(
         operand,
         "uint8" if quantizer.dynamic else quantizer.format.name,
         quantizer.axis,
-        quantizer._block_size,
+        quantizer.block_size,
         span,
         0 if amax is None else amax.numel(),
         _state(quantizer),
@@ -209,7 +209,7 @@ def _row(
 def _state(quantizer: TensorQuantizer) -> str:
     if quantizer.disabled:
         return "disabled"
-    if quantizer._if_calib:
+    if quantizer.collects:
         return "collects"
     if not is_active(quantizer):
         return "off"
@@ -217,7 +217,7 @@ def _state(quantizer: TensorQuantizer) -> str:
         return "uncalibrated"
     if quantizer.dynamic:
         return "at run time"
-    if quantizer._learn_amax or quantizer.learned_range is not None:
+    if quantizer.learns:
         return "learned"
     return "fixed" if quantizer.fixed else "quantizes"
 

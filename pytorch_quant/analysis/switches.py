@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from pytorch_quant.plain_pass import plain_forward
 
 Tap = Callable[["Switch", Tensor], Tensor]
 
-_MODES = ("_disabled", "_if_quant", "_if_clip")
-
 
 class Switch:
     """A quantizer at one of its places, which it does not share.
@@ -29,7 +28,8 @@ class Switch:
         is_weight: It is the weight quantizer of a layer.
 
     Attributes:
-        on: Quantize as the modes of the quantizer say; otherwise pass tensors through.
+        quantizer: Quantizes as the modes of the quantizer say, in eval mode and without collecting.
+        on: Quantize; otherwise pass tensors through.
         tap: Is shown each tensor that comes, and gives what goes on instead of it.
     """
 
@@ -37,48 +37,49 @@ class Switch:
         self.holder = holder
         self.site = site
         self.is_weight = is_weight
-        self.modes = {mode: getattr(holder.quantizer, mode) for mode in _MODES}
         self.on = False
         self.tap: Tap | None = None
-        # Shares buffers and hooks with the quantizer, and has modes of its own.
-        self.stand_in: Any = object.__new__(type(holder.quantizer))
-        self.stand_in.__dict__.update(holder.quantizer.__dict__)
-        # Nor is it in a scope of `cached_weights`, which keeps what an enabled quantizer gave.
-        own = {"training": False, "_if_calib": False, "_kept": None, "forward": self._forward}
-        self.stand_in.__dict__.update(own)
+        # Shallow: buffers and hooks are those of the quantizer, modes and interceptions their own.
+        self.quantizer = copy.copy(holder.quantizer)
+        self.quantizer.training = False
+        self.quantizer.disable_calib()
+        self._stand_in = copy.copy(self.quantizer)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self.set(on=False, tap=None)
 
     def set(self, *, on: bool, tap: Tap | None) -> None:
         """Change the attributes."""
         self.on, self.tap = on, tap
-        self._show_modes()
-
-    def _show_modes(self) -> None:
         # A recurrent layer whose quantizers are all disabled does not call them.
-        called = self.on or self.tap is not None
-        self.stand_in.__dict__.update(self.modes if called else {"_disabled": True})
+        if on or tap is not None:
+            self._stand_in.enable()
+        else:
+            self._stand_in.disable()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let it decide what the quantizer does at its place."""
+        modules = self.holder.module._modules
+        self.set(on=False, tap=None)
+        with self._stand_in.intercepted(self._passed):
+            modules[self.holder.key] = self._stand_in
+            try:
+                yield
+            finally:
+                modules[self.holder.key] = self.holder.quantizer
 
     def quantized(self, x: Tensor) -> Tensor:
         """What the quantizer makes of `x` when it is on."""
         if not isinstance(x, nn.Parameter) or torch.is_grad_enabled():
-            return self._applied(x, self.modes)
+            return self.quantizer.forward(x)
         # The parameter is kept, so that its id stays its own.
         if id(x) not in self._weights:
-            self._weights[id(x)] = x, self._applied(x, self.modes)
+            self._weights[id(x)] = x, self.quantizer.forward(x)
         return self._weights[id(x)][1]
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _passed(self, x: Tensor, proceed: Any) -> Tensor:
         if self.tap is not None:
             x = self.tap(self, x)
-        return self.quantized(x) if self.on else self._applied(x, {"_disabled": True})
-
-    def _applied(self, x: Tensor, modes: dict[str, bool]) -> Tensor:
-        self.stand_in.__dict__.update(modes)
-        try:
-            return type(self.stand_in).forward(self.stand_in, x)
-        finally:
-            self._show_modes()
+        return self.quantized(x) if self.on else self.quantizer.prescaled(x)
 
 
 class Switches:
@@ -205,16 +206,10 @@ def switched(model: nn.Module, forward: Forward | None, who: str) -> Iterator[Sw
         raise ValueError(f"{who}: every quantizer of the model is disabled; enable() some")
     _check_ranges(sites, who)
     switches = Switches(inner, sites, forward)
-    with plain_forward(inner):
-        try:
-            for switch in switches:
-                holder = switch.holder
-                holder.module._modules[holder.key] = switch.stand_in
-            yield switches
-        finally:
-            for switch in switches:
-                holder = switch.holder
-                holder.module._modules[holder.key] = holder.quantizer
+    with plain_forward(inner), ExitStack() as places:
+        for switch in switches:
+            places.enter_context(switch.in_place())
+        yield switches
 
 
 def _check_ranges(sites: list[Site], who: str) -> None:

@@ -146,6 +146,41 @@ class Calibrator:
                 self._maxima.update(observation.maximum, observation.numel, valid, self.momentum)
             self._batches += 1
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What two calibrators must have in common for their statistics to merge."""
+        return {"axis": self._axis, "unsigned": bool(self._unsigned)}
+
+    def merge(self, other: Any) -> None:
+        """Add the statistics of another calibrator of the same kind and settings."""
+        assert self._maxima is not None
+        self._maxima.merge(other._maxima)
+        if self.best != other.best:
+            # Neither choice was made on all of the batches.
+            self.best = None
+
+    def share_above(self, amax: Tensor) -> float | None:
+        """The share of the values seen above `amax`, of the shape of one; None if unknown."""
+        none = self._maxima is not None and bool((self._maxima.largest <= amax).all())
+        return 0.0 if none else None
+
+    def mark_united(self) -> None:
+        """Note that all processes hold these statistics, until they are replaced."""
+        # A calibrator of the user's own may hand out the very tensors that it collects into.
+        state = {key: tensor.clone() for key, tensor in self.state().items()}
+        self._united = self._maxima, state
+
+    def unmark_united(self) -> None:
+        """Undo `mark_united`."""
+        self._united = None
+
+    @property
+    def united(self) -> dict[str, Tensor] | None:
+        """What all processes hold of these statistics; None if they are of this process alone."""
+        maxima, state = getattr(self, "_united", None) or (None, None)
+        # Statistics that were replaced since are those of this process again.
+        return state if maxima is self._maxima else None
+
     def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The amax of the statistics so far.
 

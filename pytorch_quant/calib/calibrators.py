@@ -178,6 +178,24 @@ class HistogramCalibrator(Calibrator):
         self._histogram, self._waiting = histogram, None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """See `Calibrator.settings`."""
+        own = {"num_bins": self._num_bins, "skip_zeros": bool(self._skip_zeros)}
+        return super().settings | own
+
+    def merge(self, other: Any) -> None:
+        """See `Calibrator.merge`."""
+        super().merge(other)
+        assert self.histogram is not None
+        self.histogram.merge(other.histogram)
+
+    def share_above(self, amax: Tensor) -> float | None:
+        """See `Calibrator.share_above`."""
+        if self.histogram is None:
+            return super().share_above(amax)
+        return self.histogram.share_above(amax.reshape(-1))
+
+    @property
     def _bins(self) -> int:  # type: ignore[override]
         return self._num_bins
 

@@ -60,7 +60,7 @@ def calibrate_weights(
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(WEIGHT_METHODS)}")
     check_percentile(percentile)
     names = {module: name for name, module in model.named_modules()}
-    found: dict[nn.Module, tuple[nn.Module, list[Tensor]]] = {}
+    found: dict[Any, tuple[nn.Module, list[Tensor]]] = {}
     for layer in names:
         for quantizer, weight in _shown_weights(layer):
             found.setdefault(quantizer, (layer, []))[1].append(weight)
@@ -77,7 +77,9 @@ def calibrate_weights(
         axis = _axis_of(quantizer, layer, weights, perchannel)
         calibrator = _make_calibrator(quantizer, axis, method, num_bins)
         try:
-            _collect(quantizer, calibrator, weights)
+            for weight in weights:
+                if weight.numel():
+                    quantizer.collect(weight, calibrator)
             options = {} if method == "max" else {"method": method, "percentile": percentile}
             amax = calibrator.compute_amax(**options)
         except (RuntimeError, ValueError) as error:
@@ -113,32 +115,21 @@ def _shown_weights(layer: Any) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _axis_of(quantizer: Any, layer: nn.Module, weights: list[Tensor], perchannel: bool) -> Axis:
-    if getattr(quantizer, "_block_size", None) is not None:
+    if getattr(quantizer, "block_size", None) is not None:
         return quantizer.axis
     if not perchannel:
         return None
     if quantizer.axis is not None:
         return quantizer.axis
     grouped = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
-    if getattr(quantizer, "_learn_amax", False) or grouped or weights[0].dim() == 0:
+    if getattr(quantizer, "learns", False) or grouped or weights[0].dim() == 0:
         return None
     return 1 if isinstance(layer, _ConvTransposeNd) else 0
 
 
 def _make_calibrator(quantizer: Any, axis: Axis, method: str, num_bins: int) -> Calibrator:
     # The blocks of a block quantizer reach the calibrator as the rows of a matrix.
-    axis = axis if getattr(quantizer, "_block_size", None) is None else 0
+    axis = axis if getattr(quantizer, "block_size", None) is None else 0
     if method == "max":
         return MaxCalibrator(quantizer.num_bits, axis, quantizer.unsigned)
     return HistogramCalibrator(quantizer.num_bits, axis, quantizer.unsigned, num_bins)
-
-
-def _collect(quantizer: Any, calibrator: Calibrator, weights: list[Tensor]) -> None:
-    """Show the weights as the quantizer sees them, leaving its own calibrator as it is."""
-    own, quantizer._calibrator = quantizer._calibrator, calibrator
-    try:
-        for weight in weights:
-            if weight.numel():
-                quantizer.collect(weight)
-    finally:
-        quantizer._calibrator = own

@@ -36,9 +36,9 @@ def histograms(model: nn.Module, amax: dict[str, dict[str, float]], path: Path) 
     for name, quantizer in named_quantizers(model).items():
         calibrator = quantizer.calibrator
         if isinstance(calibrator, HistogramCalibrator):
-            counts, edges = calibrator._calib_hist, calibrator._calib_bin_edges
-            if counts is not None and edges is not None:
-                collected[name] = (counts.numpy(), edges.numpy())
+            seen = calibrator.histogram
+            if seen is not None:
+                collected[name] = (seen.counts[0].numpy(), seen.edges[0].numpy())
     names = list(collected)
     shown = [names[i] for i in np.linspace(0, len(names) - 1, min(_PANELS, len(names))).astype(int)]
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")

@@ -31,7 +31,7 @@ def check_quantizers(model: nn.Module, args: tuple[Any, ...], target: str = "ten
         ValueError: an amax that is NaN or infinite, an activation amax of 0, a format that ONNX
             has no Q/DQ form for, or quantizers that the target cannot run.
     """
-    active = {n: q for n, q in named_quantizers(model).items() if not q.disabled and q._if_quant}
+    active = {n: q for n, q in named_quantizers(model).items() if q.quantizes}
     uncalibrated = [name for name, quantizer in active.items() if quantizer.needs_amax]
     weights = weight_quantizers(model)
     problems = {n: _problem(q, q in weights) for n, q in active.items() if n not in uncalibrated}
@@ -93,7 +93,7 @@ def _problem(quantizer: TensorQuantizer, is_weight: bool) -> str | None:
         )
     if not quantizer.fake_quant:
         return "integer codes (fake_quant=False) cannot be exported"
-    if quantizer._block_size is not None and not is_weight:
+    if quantizer.block_size is not None and not is_weight:
         return "a block quantizer has a form for weights alone; use axis=None for this activation"
     if not quantizer.dynamic:
         try:
@@ -180,9 +180,9 @@ def _kinds(model: nn.Module) -> set[str]:
     """What there is in a model that needs an operator set: dtypes, and kinds of quantizers."""
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     for quantizer in named_quantizers(model).values():
-        if quantizer.disabled or not quantizer._if_quant:
+        if not quantizer.quantizes:
             continue
-        if quantizer._block_size is not None:
+        if quantizer.block_size is not None:
             kinds.add("blocks")
         elif quantizer.dynamic:
             kinds.add("dynamic")

@@ -8,19 +8,21 @@ scale of an amax is then neither traced nor folded, which is a large part of an 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pytorch_quant import axes
 from pytorch_quant.export.int4 import packed
+from pytorch_quant.exporting import exporting_to_onnx
 from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import Format, IntFormat
 from pytorch_quant.nn.modes import named_quantizers
+from pytorch_quant.nn.quantizer.interception import Handler, Proceed
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.qdq import positive_scale
 from pytorch_quant.qdq_blocks import block_scale, check_blocks, clipped_codes, is_four_bit
@@ -60,35 +62,46 @@ def marked_pairs(model: nn.Module) -> Iterator[dict[Any, Callable[..., Any]]]:
         The `custom_translation_table` that writes pairs in place of the marks.
     """
     ranges: dict[str, HeldRange] = {}
-    marked = []
-    for name, quantizer in named_quantizers(model).items():
-        held = _held(quantizer)
-        if held is not None:
-            ranges[name] = held
-            quantizer._write_pair = partial(_mark, key=name, held=held)
-            marked.append(quantizer)
-    try:
+    with ExitStack() as stack:
+        for name, quantizer in named_quantizers(model).items():
+            held = _held(quantizer)
+            if held is not None:
+                ranges[name] = held
+                stack.enter_context(quantizer.intercepted(_marking(quantizer, name, held)))
         yield {torch.ops.pytorch_quant.pair.default: _translation(ranges)}
-    finally:
-        for quantizer in marked:
-            del quantizer._write_pair
 
 
 def _held(quantizer: TensorQuantizer) -> HeldRange | None:
-    amax = quantizer.amax
-    off = quantizer.disabled or not quantizer._if_quant or not quantizer.fake_quant
-    if off or amax is None or quantizer.dynamic:
+    amax = quantizer.amax_in_use
+    writes = quantizer.quantizes and quantizer.fake_quant and not quantizer.dynamic
+    if not writes or amax is None:
         return None
-    amax = quantizer._scaled(amax.detach().float()).cpu()
-    if quantizer._block_size is not None:
-        return HeldRange(amax, quantizer._block_axis(), quantizer.format, quantizer._block_size)
-    if amax.numel() == 1:
+    amax = amax.detach().cpu()
+    block_size, axis = quantizer.block_size, quantizer.axis
+    if block_size is None and amax.numel() == 1:
         return HeldRange(amax.reshape(()), None, quantizer.format)
-    axis = quantizer._amax_axis(amax, quantizer.axis)
-    return HeldRange(amax, axis, quantizer.format) if isinstance(axis, int) else None
+    if block_size is None:
+        axis = axes.varying_axis(amax.shape, axis)
+    return HeldRange(amax, axis, quantizer.format, block_size) if isinstance(axis, int) else None
 
 
-def _mark(x: Tensor, *, key: str, held: HeldRange) -> Tensor:
+def _marking(quantizer: TensorQuantizer, key: str, held: HeldRange) -> Handler:
+    def mark(x: Tensor, proceed: Proceed) -> Tensor:
+        if not exporting_to_onnx():
+            return proceed(x)
+        x = quantizer.reaching(x)
+        try:
+            _check_fits(x, held, quantizer.axis)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        return torch.ops.pytorch_quant.pair(x, key)
+
+    return mark
+
+
+def _check_fits(x: Tensor, held: HeldRange, axis: axes.Axis) -> None:
+    if held.block_size is None:
+        axes.kept_axes(axis, x.dim())
     if held.block_size is not None:
         check_blocks(x, held.axis, held.block_size)
     elif held.axis is not None and x.shape[held.axis] != held.amax.numel():
@@ -96,7 +109,6 @@ def _mark(x: Tensor, *, key: str, held: HeldRange) -> Tensor:
             f"an amax of shape {tuple(held.amax.shape)} does not fit an input of shape "
             f"{tuple(x.shape)} with axis={held.axis}; calibrate again"
         )
-    return torch.ops.pytorch_quant.pair(x, key)
 
 
 def _translation(ranges: dict[str, HeldRange]) -> Callable[[Any, str], Any]:

@@ -21,7 +21,7 @@ from pytorch_quant.export.engines import check_engine, fastest_engine, open_sess
 from pytorch_quant.export.onnx import export_onnx
 from pytorch_quant.export.ports import ports, read_onnx
 from pytorch_quant.export.saving import save_model
-from pytorch_quant.export.simulation import simulated_forward
+from pytorch_quant.plain_pass import plain_forward
 
 RUNTIMES = ("onnxruntime", "openvino")
 _KEY = "pytorch_quant"
@@ -60,7 +60,7 @@ def convert(
     names, values = in_order_of_signature(model, *split_arguments(args))
     signature = list(inspect.signature(model.forward).parameters)
     inputs = {n: described(v, f"argument {n!r}") for n, v in zip(names, values, strict=True)}
-    with simulated_forward(model):
+    with plain_forward(model, quantized=True):
         returned = model(**dict(zip(names, copied(values), strict=True)))
     outputs = described(returned, "what the model returns")
     folder = _Folder()
@@ -288,7 +288,7 @@ def _export_dynamic(model: nn.Module, given: dict[str, Any], path: Path, engine:
     # Whatever is wrong with the model itself, the export of fixed shapes raises again.
     try:
         # The exporter also takes the size of a fixed reshape for one that varies.
-        with simulated_forward(model):
+        with plain_forward(model, quantized=True):
             model(**tree.tree_map(_twice, pairs))
     except Exception as error:
         return f"the model does not run on another batch size ({_first_line(error)})"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 
 from pytorch_quant.batches import copied, tensors_in
 from pytorch_quant.export.arguments import tensor_leaves
-from pytorch_quant.fake_quant import compute_scale
 from pytorch_quant.formats import FloatFormat, IntFormat
-from pytorch_quant.nn.modes import named_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.plain_pass import plain_forward
 
@@ -71,16 +67,6 @@ class Simulation:
     layers: list[LayerCall]
 
 
-@contextmanager
-def simulated_forward(model: nn.Module) -> Iterator[None]:
-    """Let `model` run as it is exported: quantized, in eval mode, without gradients."""
-    modes = [(q, q._if_quant, q._if_clip) for q in named_quantizers(model).values()]
-    with plain_forward(model):
-        for quantizer, quant, clip in modes:
-            quantizer._if_quant, quantizer._if_clip = quant, clip
-        yield
-
-
 def simulate(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layers: bool = False
 ) -> Simulation:
@@ -96,7 +82,7 @@ def simulate(
     count = itertools.count()
 
     def quantizer_hook(quantizer: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-        if not quantizer.disabled and quantizer._if_quant:
+        if quantizer.quantizes:
             x, scale = _seen(quantizer, given[0])
             floating = isinstance(quantizer.format, FloatFormat)
             call = QuantizerCall(_kept(x), _kept(y), scale, floating, next(count))
@@ -120,7 +106,7 @@ def simulate(
         elif module not in parts and parts.issuperset(module.children()):
             hooks.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
     try:
-        with simulated_forward(model):
+        with plain_forward(model, quantized=True):
             found.outputs = [
                 _kept(t) for t in tensor_leaves(model(*copied(args), **copied(kwargs)))
             ]
@@ -150,19 +136,11 @@ def _parts_of_quantizers(model: nn.Module) -> set[nn.Module]:
 
 def _seen(quantizer: TensorQuantizer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What reaches QuantizeLinear, and the scale there."""
-    if quantizer._pre_quant_scale is not None:
-        x = x * quantizer._pre_quant_scale.to(x.dtype)
-    if quantizer._if_clip:
-        x = quantizer.clip(x)
-    if quantizer.dynamic:
-        # DynamicQuantizeLinear: the range includes 0, and has 255 steps.
-        wide = x.float()
-        return x, ((wide.max().clamp(min=0) - wide.min().clamp(max=0)) / 255).cpu()
-    if quantizer._block_size is not None:
-        return x, None
-    amax = quantizer._effective_amax(x, quantizer._axis)
-    fmt = quantizer.format
-    scale = compute_scale(amax, fmt, x.dtype)
+    entered = quantizer.entering(x)
+    if quantizer.block_size is not None:
+        return entered.x, None
+    scale, x = entered.scale, entered.x
+    fmt = entered.format
     if isinstance(fmt, IntFormat) and (fmt.narrow or fmt.bits < 8):
         # ONNX has no such type: the file clips, and writes int8.
         x = torch.maximum(x, (fmt.qmin * scale).to(x.dtype))

@@ -50,7 +50,7 @@ def refusal(quantizer: TensorQuantizer, target: str) -> tuple[str, str] | None:
             'taken at run time. Export with target="onnxruntime" or "openvino", or calibrate '
             "static quantizers",
         )
-    size = quantizer._block_size
+    size = quantizer.block_size
     fmt = quantizer.format
     int4 = size is not None and isinstance(fmt, IntFormat) and fmt.bits <= 4
     if int4 and size not in (64, 128):

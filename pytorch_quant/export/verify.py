@@ -99,7 +99,7 @@ def verify_onnx(
     for name in engines or ():
         check_engine(name)
     proto = _whole(path)
-    if not any(not q.disabled and q._if_quant for q in named_quantizers(model).values()):
+    if not any(q.quantizes for q in named_quantizers(model).values()):
         raise ValueError(
             f"{type(model).__name__} has no enabled quantizer, so it cannot be what {path} was "
             "made from; pass the quantized model that was exported"

@@ -62,13 +62,11 @@ class SeenValues:
             if id(x) in self._parameters:
                 return
             self._parameters.add(id(x))
-        quantizer = switch.stand_in
-        # SmoothQuant divides the activation; its quantizer sees the quotient.
-        if quantizer._pre_quant_scale is not None:
-            x = x * quantizer._pre_quant_scale.to(x.dtype)
         if self._varies or x.numel() == 0:
             return
-        rows = _rows(x.detach(), quantizer)
+        quantizer, x = switch.quantizer, x.detach()
+        # SmoothQuant divides the activation; its quantizer sees the quotient.
+        rows = _rows(quantizer.prescaled(x), quantizer)
         self.values += x.numel()
         if self.histogram is None:
             self.channels = len(rows)
@@ -91,21 +89,20 @@ class SeenValues:
         self.maxima.update(rows.abs().amax(1).float(), rows.numel())
 
     def _in_use(self, quantizer: Any, x: Tensor, rows: int) -> Tensor | None:
-        if quantizer._dynamic:
-            return None
-        blocks = quantizer._block_size is not None
-        amax = quantizer._effective_amax(x, 0 if blocks else quantizer._axis)
+        amax = quantizer.entering(x).amax
         assert self.chosen is not None
+        if amax is None:
+            return None
         return amax.detach().float().reshape(-1).cpu().expand(rows)[self.chosen]
 
 
 def _rows(x: Tensor, quantizer: Any) -> Tensor:
     """The values as a matrix with a row for each range."""
-    axis = quantizer._axis
-    if quantizer._dynamic or axis is None:
+    axis = quantizer.axis
+    if quantizer.dynamic or axis is None:
         return x.reshape(1, -1)
-    if quantizer._block_size is not None:
-        return axes.to_groups(x, axis, quantizer._block_size)
+    if quantizer.block_size is not None:
+        return axes.to_groups(x, axis, quantizer.block_size)
     kept, reduced = axes.kept_axes(axis, x.dim()), axes.reduced_axes(axis, x.dim())
     moved = x.permute(*kept, *reduced)
     return moved.reshape(moved.shape[: len(kept)].numel(), -1)

@@ -171,7 +171,7 @@ def adaround(
         for layer, values in run.rounded.items():
             before = original(layer, "weight")
             layer.weight.copy_(values)
-            layer._weight_quantizer._fixed = True
+            layer._weight_quantizer.fixed = True
             remember(layer, "weight", before)
     return RoundingReport(rows, {name: skipped[name] for name in chosen if name in skipped})
 
@@ -350,9 +350,9 @@ def _obstacle(model: nn.Module, layer: Any) -> str | None:
     seen = [tensor for _, tensor in layer.weights_to_quantize()]
     if weight is None or len(seen) != 1 or seen[0] is not weight:
         return "its weight quantizer does not see a parameter as it is"
-    if quantizer.disabled or not quantizer._if_quant:
+    if not quantizer.quantizes:
         return "its weight quantizer is disabled"
-    if quantizer.dynamic or quantizer._learn_amax:
+    if quantizer.dynamic or quantizer.learns:
         return "the range of its weight is not a constant"
     if quantizer.pre_quant_scale is not None:
         return "its weight quantizer has a pre_quant_scale"

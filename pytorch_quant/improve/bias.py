@@ -242,8 +242,7 @@ def _unfit(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
 
 
 def _acts(quantizer: Any) -> bool:
-    active = isinstance(quantizer, TensorQuantizer) and not quantizer.disabled
-    return active and quantizer._if_quant
+    return isinstance(quantizer, TensorQuantizer) and quantizer.quantizes
 
 
 def _subtract(shifts: dict[Any, Tensor]) -> None:

@@ -163,7 +163,7 @@ def equalize_weights(
             bias = (bias.double() * scale).to(bias.dtype)
         remember(layers[name], "bias", bias)
     for quantizer, amax in ranges.items():
-        quantizer._store_amax(amax)
+        quantizer.set_range(amax)
         if quantizer.calibrator is not None:
             quantizer.calibrator.reset()
     cleared = _clear(model, [name for pair in pairs for name in pair.quantizers])
@@ -268,14 +268,10 @@ def _new_ranges(
     for quantizer, weights in weight_quantizers(model).items():
         if quantizer.amax is None or not any(w is tensor for w in weights for tensor in changed):
             continue
-        own, quantizer._calibrator = quantizer._calibrator, quantizer._make_calibrator("max")
-        try:
-            for weight in weights:
-                quantizer.collect(changed.get(weight, weight))
-            assert quantizer._calibrator is not None
-            amax = quantizer._calibrator.compute_amax()
-        finally:
-            quantizer._calibrator = own
+        calibrator = quantizer.fresh_calibrator("max")
+        for weight in weights:
+            quantizer.collect(changed.get(weight, weight), calibrator)
+        amax = calibrator.compute_amax()
         if amax is not None:
             ranges[quantizer] = amax
     return ranges

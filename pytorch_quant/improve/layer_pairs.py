@@ -197,7 +197,7 @@ class _Finder:
     def _check_ranges(self, names: list[str]) -> None:
         for name in names:
             quantizer = self.quantizers[name]
-            if quantizer.fixed or quantizer._learn_amax:
+            if quantizer.fixed or quantizer.learns:
                 kind = "fixed" if quantizer.fixed else "learned"
                 raise _Unpaired(f"{name} has a {kind} range, which would no longer fit")
 

@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytorch_quant import axes
-from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
-from pytorch_quant.formats import Format
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.tables import aligned
 
@@ -153,10 +150,12 @@ class WeightGrid:
     """
 
     def __init__(self, weight: Tensor, quantizer: TensorQuantizer) -> None:
-        fmt = quantizer.format
-        self.scale = _scale(weight, quantizer, fmt)
-        self.low, self.high = fmt.qmin, fmt.qmax
-        self.nearest = quantize_to_codes(weight, self.scale, fmt)
+        entered = quantizer.entering(weight)
+        scale = entered.scale
+        blocks = quantizer.block_size is not None
+        self.scale = entered.in_shape(scale.expand(entered.rows.shape)) if blocks else scale
+        self.low, self.high = entered.format.qmin, entered.format.qmax
+        self.nearest = entered.codes()
         steps = weight.to(self.nearest.dtype) / torch.where(self.scale > 0, self.scale, 1.0)
         self.lower = steps.floor()
         self.part = steps - self.lower
@@ -173,17 +172,6 @@ class WeightGrid:
     def values(self, codes: Tensor) -> Tensor:
         """Real values from codes."""
         return codes * self.scale
-
-
-def _scale(weight: Tensor, quantizer: TensorQuantizer, fmt: Format) -> Tensor:
-    block, axis = quantizer._block_size, quantizer.axis
-    if block is None:
-        return compute_scale(quantizer._effective_amax(weight, axis), fmt, weight.dtype)
-    assert isinstance(axis, int)
-    rows = axes.to_groups(weight, axis, block)
-    amax = quantizer._effective_amax(rows, 0)
-    scale = compute_scale(amax.reshape(-1, 1) if amax.dim() else amax, fmt, weight.dtype)
-    return axes.from_groups(scale.expand(rows.shape), weight.shape, axis)
 
 
 @dataclass(frozen=True)

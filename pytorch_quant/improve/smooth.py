@@ -229,11 +229,11 @@ def _unfit(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
 def _unfit_input(layer: Any, quantizer: Any) -> str | None:
     if not isinstance(quantizer, TensorQuantizer) or quantizer.disabled:
         return "its input is not quantized"
-    if quantizer.axis is not None or quantizer._block_size is not None:
+    if quantizer.axis is not None or quantizer.block_size is not None:
         return "its input is not quantized per tensor"
     if quantizer.fixed:
         return "the amax of its input is fixed"
-    if quantizer._learn_amax:
+    if quantizer.learns:
         return "the range of its input is learned; smooth before training"
     present, shape = quantizer.pre_quant_scale, channel_shape(layer)
     if present is not None and present.numel() > 1:
@@ -248,7 +248,7 @@ def _unfit_weight(quantizer: TensorQuantizer) -> str | None:
         return None
     if quantizer.fixed:
         return "the amax of its weight is fixed, as after adaround; smooth before"
-    if quantizer._learn_amax:
+    if quantizer.learns:
         return "the range of its weight is learned; smooth before training"
     return None
 
@@ -257,7 +257,7 @@ def _unfit_weight(quantizer: TensorQuantizer) -> str | None:
 def _restored_on_failure(model: nn.Module, layers: list[Any]) -> Iterator[None]:
     """Give parameters, buffers and calibrators of quantizers and `layers` back on an error."""
     quantizers = list(named_quantizers(model).values())
-    calibrators = [(quantizer, quantizer._calibrator) for quantizer in quantizers]
+    calibrators = [(quantizer, quantizer.calibrator) for quantizer in quantizers]
     modules = [*layers, *(part for quantizer in quantizers for part in quantizer.modules())]
     tables = [table for m in modules for table in (m._parameters, m._buffers)]
     saved = [
@@ -274,5 +274,5 @@ def _restored_on_failure(model: nn.Module, layers: list[Any]) -> Iterator[None]:
                     tensor.data.copy_(value)
                 table[key] = tensor
         for quantizer, calibrator in calibrators:
-            quantizer._calibrator = calibrator
+            quantizer.calibrator = calibrator
         raise

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from pytorch_quant.exporting import exporting_to_onnx
-from pytorch_quant.fake_quant import compute_scale, quantize_to_codes
 from pytorch_quant.formats import IntFormat
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.qdq import positive_scale
@@ -145,10 +144,9 @@ def _of_direction(layer: Any, index: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     weight_ih, weight_hh, *biases = layer.all_weights[index]
     quantizer = layer._weight_quantizers[index]
     both = torch.cat((weight_ih, weight_hh), 1)
-    fmt = quantizer.format
-    scale = compute_scale(quantizer._effective_amax(both, quantizer.axis), fmt)
-    scale = positive_scale(scale, fmt)
-    codes = _regated(quantize_to_codes(both, scale, fmt).to(torch.int8))
+    entered = quantizer.entering(both)
+    scale = positive_scale(entered.scale, entered.format)
+    codes = _regated(entered.codes().to(torch.int8))
     parts = [
         part.t().contiguous() for part in codes.split([weight_ih.shape[1], layer.hidden_size], 1)
     ]
@@ -178,15 +176,15 @@ def _is_dynamic_lstm(module: Any) -> bool:
 def _is_dynamic(quantizer: Any) -> bool:
     if not isinstance(quantizer, TensorQuantizer):
         return False
-    return quantizer.dynamic and not quantizer.disabled and quantizer._if_quant
+    return quantizer.dynamic and quantizer.quantizes
 
 
 def _weight_problem(quantizer: Any) -> str | None:
-    if not isinstance(quantizer, TensorQuantizer) or quantizer.disabled or not quantizer._if_quant:
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.quantizes:
         return "its weights are float; enable their quantizers, or disable those of the inputs"
     fmt = quantizer.format
     if not isinstance(fmt, IntFormat) or fmt.bits > 8 or not fmt.signed:
         return f"its weights are {fmt.name}; use 8 bits"
-    if quantizer.dynamic or quantizer._block_size is not None or quantizer.axis not in (None, 0):
+    if quantizer.dynamic or quantizer.block_size is not None or quantizer.axis not in (None, 0):
         return f"its weights are quantized otherwise ({quantizer.extra_repr()}); use axis=0"
     return None

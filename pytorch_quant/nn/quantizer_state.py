@@ -11,7 +11,7 @@ from pytorch_quant.axes import Axis, canonical_axis, fits_axis
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.formats import make_format
 from pytorch_quant.nn.locate import qualified_name
-from pytorch_quant.nn.range_parameter import RangeParameter
+from pytorch_quant.nn.switches import QuantizerSwitches
 
 _BUFFERS = ("_amax", "_pre_quant_scale")
 # Fields that pickles of older programs do not have.
@@ -25,7 +25,7 @@ _LATER_FIELDS = {
 }
 
 
-class QuantizerState(RangeParameter):
+class QuantizerState(QuantizerSwitches):
     """Holds what a quantizer is; `TensorQuantizer` adds what it does.
 
     The buffers `_amax` and `_pre_quant_scale` exist from the moment they are set, so that
@@ -70,13 +70,18 @@ class QuantizerState(RangeParameter):
     # Properties
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where its buffers are, or would be."""
         return self._place.device
 
     def _who(self) -> str:
         """The name for messages: that in the running model, else the descriptor's."""
         found = qualified_name(self)
         return self._name if self._name and found == type(self).__name__ else found
+
+    def _block_axis(self) -> int:
+        assert isinstance(self._axis, int)
+        return self._axis
 
     def _format_changed(self) -> None:
         """Called when a field changes that statistics depend on."""
@@ -130,13 +135,22 @@ class QuantizerState(RangeParameter):
 
     @property
     def fixed(self) -> bool:
-        """The descriptor fixes the amax; calibration leaves it."""
+        """Calibration leaves the amax: the descriptor fixes it, or what the weights rest on."""
         return self._fixed
 
+    @fixed.setter
+    def fixed(self, value: bool) -> None:
+        self._fixed = value
+
     @property
-    def disabled(self) -> bool:
-        """Passes tensors through."""
-        return self._disabled
+    def block_size(self) -> int | None:
+        """How many entries of `axis` share a value of amax; None without blocks."""
+        return self._block_size
+
+    @property
+    def scale_amax(self) -> float | None:
+        """The factor on a calibrated amax; None stands for 1."""
+        return self._scale_amax
 
     @property
     def amax(self) -> Tensor | None:
@@ -178,28 +192,25 @@ class QuantizerState(RangeParameter):
         scale = torch.as_tensor(value, dtype=torch.float32).detach().clone()
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"{self._who()}: pre_quant_scale must be finite, got {value}")
-        self._pre_quant_scale = scale.to(self._device)
+        self._pre_quant_scale = scale.to(self.device)
+
+    def prescaled(self, x: Tensor) -> Tensor:
+        """`x` times `pre_quant_scale`, in its dtype; what a disabled quantizer gives."""
+        scale = self._pre_quant_scale
+        return x if scale is None else x * scale.to(x.dtype)
 
     @property
     def calibrated(self) -> bool:
         """Whether there is a range to quantize with."""
-        if self._dynamic or (self._learn_amax and self._range_method is None):
-            return True
-        return self.amax is not None
+        return self._dynamic or self.learns_by_clip or self.amax is not None
 
     # Buffers
 
-    def _drop_kept(self) -> None:
-        """Forget what `cached_weights` keeps, as it no longer holds."""
-        kept = self.__dict__.get("_kept")
-        if kept is not None:
-            kept.drop()
-
     def _store_amax(self, amax: Tensor) -> None:
         """Make `amax` the buffer; in place where one of that shape exists."""
-        self._drop_kept()
+        self._changed()
         with torch.inference_mode(False), torch.no_grad():
-            device = self._device if amax.device.type == "cpu" else amax.device
+            device = self.device if amax.device.type == "cpu" else amax.device
             amax = amax.detach().to(device, torch.float32)
             if self._axis is None and self._block_size is None and amax.numel() == 1:
                 amax = amax.reshape(())
@@ -212,7 +223,7 @@ class QuantizerState(RangeParameter):
                 self._amax = amax.clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._drop_kept()
+        self._changed()
         if name != "_amax" or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
@@ -227,7 +238,7 @@ class QuantizerState(RangeParameter):
             self.register_buffer(name, tensor.to(torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._drop_kept()
+        self._changed()
         exact, learned = self._buffers.get("_amax"), self.learned_range
         exact_learned = None if learned is None else learned.detach()
         super()._apply(fn, recurse)
@@ -248,7 +259,7 @@ class QuantizerState(RangeParameter):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._drop_kept()
+        self._changed()
         refused = {}
         state_dict = self._in_own_shape(state_dict, prefix)
         for buffer in _BUFFERS:
@@ -291,7 +302,7 @@ class QuantizerState(RangeParameter):
                     f"the model {here}"
                 )
         if present is None or present.shape != loaded.shape:
-            value = torch.empty(loaded.shape, dtype=torch.float32, device=self._device)
+            value = torch.empty(loaded.shape, dtype=torch.float32, device=self.device)
             if present is not None:
                 delattr(self, buffer)
             self.register_buffer(buffer, value)

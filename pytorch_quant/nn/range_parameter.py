@@ -11,9 +11,10 @@ from pytorch_quant import axes, distributed
 from pytorch_quant.axes import Axis
 from pytorch_quant.formats import Format
 from pytorch_quant.learned_range import RangeMethod, positive
+from pytorch_quant.nn.quantizer.interception import Intercepted
 
 
-class RangeParameter(nn.Module):
+class RangeParameter(Intercepted):
     """What `TensorQuantizer` knows of ranges that training changes; `pytorch_quant.qat` uses it.
 
     A learned range is the parameter `_amax` in the place of the buffer of that name, so that
@@ -38,10 +39,45 @@ class RangeParameter(nn.Module):
         """The number format of the codes."""
         raise NotImplementedError
 
+    def prescaled(self, x: Tensor) -> Tensor:
+        """`x` times the pre-quantization scale."""
+        raise NotImplementedError
+
     @property
     def learned_range(self) -> nn.Parameter | None:
         """The parameter behind a range that `qat.learn_ranges` made trainable; else None."""
         return self._parameters.get("_amax")
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes its range by gradients."""
+        return self._learn_amax
+
+    @property
+    def learns_by_clip(self) -> bool:
+        """Whether it was made with `learn_amax=True`: the range is that of its clip."""
+        return self._learn_amax and self._range_method is None
+
+    @property
+    def range_momentum(self) -> float | None:
+        """The weight of earlier batches in a range that follows them; None if it stands still."""
+        return self._range_momentum
+
+    @property
+    def range_synced(self) -> bool:
+        """Whether a range that follows the batches is that of all processes."""
+        return self._range_synced
+
+    def follow_range(self, momentum: float | None, *, synced: bool | None = None) -> None:
+        """Let the range follow what passes in train mode, in place.
+
+        Args:
+            momentum: The weight of earlier batches; None stops it.
+            synced: Agree with the other processes in each forward pass; None leaves it.
+        """
+        self._range_momentum = momentum
+        if synced is not None:
+            self._range_synced = synced
 
     def learn_range(self, method: RangeMethod, *, weight: bool) -> None:
         """Make the present amax a parameter, in place.
@@ -143,7 +179,7 @@ class RangeParameter(nn.Module):
         if momentum is None or _recomputing():
             return
         with torch.no_grad():
-            values, axis = inputs.detach(), self._axis
+            values, axis = self.prescaled(inputs.detach()), self._axis
             if self._block_size is not None:
                 assert isinstance(axis, int)
                 values, axis = axes.to_groups(values, axis, self._block_size), 0

@@ -147,7 +147,7 @@ def all_idle(quantizers: Iterable[nn.Module]) -> bool:
     return all(
         isinstance(q, TensorQuantizer)
         and q.pre_quant_scale is None
-        and (q.disabled or not (q._if_calib or q._if_clip or q._if_quant))
+        and not (q.collects or q.clips or q.quantizes)
         for q in quantizers
     )
 

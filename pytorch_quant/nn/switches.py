@@ -1,21 +1,41 @@
-"""The modes of a quantizer and the methods that switch them."""
+"""The modes of a quantizer, and the methods that switch them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pytorch_quant.nn.range_parameter import RangeParameter
 
-class QuantizerSwitches:
+
+class QuantizerSwitches(RangeParameter):
     """Switches of `TensorQuantizer`; each changes the quantizer in place."""
 
     _disabled: bool
     _if_quant: bool
     _if_clip: bool
     _if_calib: bool
-    _learn_amax: bool
-    _range_method: Any
     _calibrator: Any
     _who: Any
+
+    @property
+    def disabled(self) -> bool:
+        """Passes tensors through."""
+        return self._disabled
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it would quantize a tensor now."""
+        return self._if_quant and not self._disabled
+
+    @property
+    def clips(self) -> bool:
+        """Whether it would clip a tensor to the learned range now."""
+        return self._if_clip and not self._disabled
+
+    @property
+    def collects(self) -> bool:
+        """Whether it would show a tensor to its calibrator now."""
+        return self._if_calib and not self._disabled
 
     def disable(self) -> None:
         """Pass tensors through."""
@@ -35,7 +55,7 @@ class QuantizerSwitches:
         Raises:
             RuntimeError: the quantizer has no learned range.
         """
-        if not self._learn_amax or self._range_method is not None:
+        if not self.learns_by_clip:
             raise RuntimeError(
                 f"{self._who()}: clipping needs a learned range; construct it with "
                 "QuantDescriptor(learn_amax=True)"

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pytorch_quant import axes, qdq, qdq_blocks, qdq_dynamic
+from pytorch_quant import axes, qdq
 from pytorch_quant.axes import Axis
-from pytorch_quant.calib import CalibrationError, Calibrator, HistogramCalibrator, MaxCalibrator
+from pytorch_quant.calib import Calibrator
 from pytorch_quant.descriptor import QuantDescriptor
 from pytorch_quant.exporting import exporting, exporting_to_onnx
-from pytorch_quant.fake_quant import (
-    fake_quantize,
-    fake_quantize_dynamic,
-    quantize,
-    torch_fake_quantize,
-)
-from pytorch_quant.formats import Format, IntFormat, make_format
-from pytorch_quant.learned_range import learned_fake_quantize
+from pytorch_quant.formats import Format, make_format
 from pytorch_quant.nn.clip import Clip
 from pytorch_quant.nn.compiled import left_alone, refuse_calibration
 from pytorch_quant.nn.locate import calling_model, name_in
-from pytorch_quant.nn.quantizer_state import QuantizerState
-from pytorch_quant.nn.switches import QuantizerSwitches
+from pytorch_quant.nn.quantizer.collecting import Collecting
+from pytorch_quant.nn.quantizer.entered import Entered
+from pytorch_quant.nn.quantizer.ways import way_of
 from pytorch_quant.traced_values import with_values
 
 
-class TensorQuantizer(QuantizerSwitches, QuantizerState):
+class TensorQuantizer(Collecting):
     """Quantizes the tensor that passes through it.
 
     What it does is the sum of its modes: collect statistics for calibration, clip, quantize; or
@@ -46,12 +39,6 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
 
     use_fb_fake_quant: ClassVar[bool] = False
     """Compute with torch's own `fake_quantize_per_*_affine`; also settable on one instance."""
-
-    _kept: Any = None
-    """The `KeptWeights` of a weight quantizer while `cached_weights` holds it."""
-
-    _write_pair: Callable[[Tensor], Tensor] | None = None
-    """Set while `export_onnx` runs, which holds the range already."""
 
     def __init__(
         self,
@@ -72,21 +59,9 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             self.clip = Clip(low, init_amax, learn_min=True, learn_max=True)
         if desc.learn_amax or if_clip:
             self.enable_clip()
-        self._calibrator: Calibrator | None = self._make_calibrator(desc.calib_method)
-
-    def _make_calibrator(self, method: str) -> Calibrator | None:
-        if self._dynamic:
-            return None
-        # The blocks of a block quantizer reach the calibrator as the rows of a matrix.
-        axis = self._axis if self._block_size is None else 0
-        kind = HistogramCalibrator if method == "histogram" else MaxCalibrator
-        return kind(self._num_bits, axis, self._unsigned)
-
-    def _format_changed(self) -> None:
-        calibrator = getattr(self, "_calibrator", None)
-        if isinstance(calibrator, Calibrator):
-            axis = self._axis if self._block_size is None else 0
-            calibrator.retarget(self._num_bits, axis, self._unsigned)
+        self._calibrator: Calibrator | None = None
+        if not desc.dynamic:
+            self._calibrator = self.fresh_calibrator(desc.calib_method)
 
     @property
     def amax(self) -> Tensor | None:
@@ -94,7 +69,7 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         if self.learned_range is not None:
             learned = self._learned_amax()
             return None if learned is None else learned.detach()
-        if self._learn_amax and self._range_method is None:
+        if self.learns_by_clip:
             clip = self.clip
             return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
         return getattr(self, "_amax", None)
@@ -104,11 +79,6 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
         self._set_amax(value)
         if self._learn_amax and value is not None:
             self.init_learn_amax()
-
-    @property
-    def calibrator(self) -> Calibrator | None:
-        """The calibrator; None for a dynamic quantizer."""
-        return self._calibrator
 
     @property
     def format(self) -> Format:
@@ -123,8 +93,8 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
     @property
     def step_size(self) -> Tensor | None:
         """`amax / bound`, float32, real units per step; None when uncalibrated."""
-        amax = self.amax
-        return None if amax is None else self._scaled(amax).float() / self.format.bound
+        amax = self.amax_in_use
+        return None if amax is None else amax / self.format.bound
 
     @property
     def scale(self) -> Tensor | None:
@@ -134,34 +104,25 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
     @property
     def needs_amax(self) -> bool:
         """Whether it would quantize, and an export has no range to write for it."""
-        active = self._if_quant and not self._disabled
-        return active and not (self.calibrated or self.use_fb_fake_quant)
+        return self.quantizes and not (self.calibrated or self.use_fb_fake_quant)
 
     # Ranges
 
-    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
-        """Take amax from what the calibrator has collected.
+    def set_range(self, amax: Tensor) -> None:
+        """Quantize with `amax` from now on, where a learned range starts, too.
+
+        What calibration and rewritten weights give; a user's own value is checked by the property
+        `amax`. An amax in place stays the same tensor if it has that shape.
 
         Args:
-            *args: Arguments of the calibrator's `compute_amax`, such as the method.
-            **kwargs: The same as keywords; `strict=False` makes the amax of a calibrator that saw
-                nothing NaN instead of raising.
+            amax: Of the shape that `amax` has. NaN stands for what no batch reached.
 
         Raises:
-            RuntimeError: there is no calibrator, or it saw nothing.
+            RuntimeError: the range is that of a clip, which has one value.
         """
-        strict = kwargs.pop("strict", True)
-        if self._calibrator is None:
-            raise RuntimeError(f"{self._who()} has no calibrator to load an amax from")
-        amax = self._calibrator.compute_amax(*args, **kwargs)
-        if amax is None:
-            if strict:
-                raise RuntimeError(
-                    f"{self._who()}: Calibrator returned None; it has seen no tensor. "
-                    "Run batches between enable_calib() and disable_calib(), or pass strict=False"
-                )
-            amax = torch.tensor(math.nan)
         self._store_amax(amax)
+        if self._learn_amax:
+            self.init_learn_amax()
 
     def init_learn_amax(self) -> None:
         """Start the learned range from the amax that calibration gave.
@@ -184,14 +145,31 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             self.clip.clip_value_max.copy_(value)
             self.clip.clip_value_min.copy_(value * 0 if self._unsigned else -value)
 
+    @property
+    def amax_in_use(self) -> Tensor | None:
+        """`amax` times `scale_amax`, float32, which is what it quantizes with."""
+        amax = self.amax
+        return None if amax is None else self._scaled(amax).float()
+
     def _scaled(self, amax: Tensor) -> Tensor:
         # The clip of a learned range has the factor in it from the start.
-        if self._scale_amax is None or (self._learn_amax and self._range_method is None):
+        if self._scale_amax is None or self.learns_by_clip:
             return amax
         return amax * self._scale_amax
 
-    def _effective_amax(self, inputs: Tensor, axis: Axis) -> Tensor:
-        amax = self._range_in_use(None if self.learned_range is not None else self.amax)
+    def _range_for(self, inputs: Tensor, axis: Axis, given: Tensor | None = None) -> Tensor:
+        """The range in the shape in which it broadcasts against `inputs`.
+
+        Args:
+            inputs: What is rounded.
+            axis: Its kept axis.
+            given: A range to take in the place of the quantizer's own, as calibration gives it.
+        """
+        if given is not None:
+            amax: Tensor | None = given * (self._scale_amax or 1.0)
+        else:
+            amax = self._range_in_use(None if self.learned_range is not None else self.amax)
+            amax = None if amax is None else self._scaled(amax.float())
         if amax is None:
             return self._scaled(axes.reduce_amax(inputs.detach(), axis).float())
         if amax.device != inputs.device:
@@ -199,7 +177,6 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
                 f"{self._who()}: the input is on {inputs.device}, amax on {amax.device}; "
                 "move the model or the batch so that both are on one device"
             )
-        amax = self._scaled(amax.float())
         if not amax.dim() or self._block_size is not None:
             return amax
         # The stored axis decides where the values lie; broadcasting would guess.
@@ -214,17 +191,19 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             f"{axes.amax_shape(inputs.shape, axis)}"
         )
 
-    def _amax_to_write(self, inputs: Tensor, axis: Axis) -> Tensor:
-        """As `_effective_amax` while an exporter traces, with its values if they are known."""
+    def _range_to_write(self, inputs: Tensor, axis: Axis) -> Tensor:
+        """As `_range_for` while an exporter traces, with its values if they are known."""
+        if self.needs_amax:
+            self._refuse_export()
         if torch.jit.is_tracing():
             with qdq.meant_as_constants():
-                return self._effective_amax(inputs, axis)
+                return self._range_for(inputs, axis)
         if not self.calibrated:
-            return self._effective_amax(inputs, axis)
+            return self._range_for(inputs, axis)
         with with_values(self) as known:
             if known:
-                return self._effective_amax(inputs, axis)
-        return self._effective_amax(inputs, axis)
+                return self._range_for(inputs, axis)
+        return self._range_for(inputs, axis)
 
     # Forward
 
@@ -245,8 +224,8 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             ValueError: the axis does not exist in `inputs`, or negative values in the unsigned
                 integer form.
         """
-        if self._kept is not None:
-            return self._kept.quantized(self, lambda: inputs, (inputs,))
+        if self._handlers:
+            return self._within(self._handlers)(inputs)
         return self._process(inputs)
 
     def _process(self, inputs: Tensor) -> Tensor:
@@ -254,110 +233,45 @@ class TensorQuantizer(QuantizerSwitches, QuantizerState):
             if torch.compiler.is_dynamo_compiling():
                 refuse_calibration()
             left_alone(self._collect_named)(inputs)
-        # A pre-quantization scale is undone in the weight, so it acts on a disabled quantizer too.
-        if self._pre_quant_scale is not None:
-            inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
         if self._disabled:
-            return inputs
+            # A pre-quantization scale is undone in the weight, so it acts even so.
+            return self.prescaled(inputs)
         if self._range_momentum is not None and self.training:
             self._follow(inputs)
-        if self._if_clip:
-            inputs = self.clip(inputs)
-        if self._if_quant:
-            inputs = self._quantize(inputs)
-        return inputs
+        return self._quantize(inputs) if self._if_quant else self.reaching(inputs)
 
-    def collect(self, inputs: Tensor) -> None:
-        """Show a tensor to the calibrator, whatever the modes are.
+    def reaching(self, x: Tensor) -> Tensor:
+        """What reaches the rounding: `x` times the pre-quantization scale, clipped."""
+        x = self.prescaled(x)
+        return self.clip(x) if self._if_clip else x
+
+    def entering(self, x: Tensor, amax: Tensor | None = None) -> Entered:
+        """The values, rows, range and scale with which `forward` quantizes `x`.
+
+        Args:
+            x: As it comes to the quantizer.
+            amax: A range to take in the place of its own, such as `calibrator.compute_amax` gives.
 
         Raises:
-            CalibrationError: a tensor that calibration cannot use; what was collected is kept.
-            RuntimeError: there is no calibrator, or the shape along the kept axis changed.
+            RuntimeError: wrong device.
+            ValueError: the axis or the range does not fit `x`.
         """
-        if self._calibrator is None:
-            raise RuntimeError("there is no calibrator to collect with")
-        # The tensor itself, by which calibrators know that they meet the same one.
-        values = inputs
-        if self._pre_quant_scale is not None:
-            values = values.detach() * self._pre_quant_scale.to(values.dtype)
-        if self._block_size is not None:
-            values = axes.to_groups(values.detach(), self._block_axis(), self._block_size)
-        self._calibrator.collect(values)
+        return way_of(self).enter(self, self.reaching(x), amax)
 
-    def _collect_named(self, inputs: Tensor) -> None:
-        try:
-            self.collect(inputs)
-        except (RuntimeError, ValueError) as error:
-            # Other subclasses, such as out of memory, keep their own form.
-            if type(error) not in (CalibrationError, RuntimeError, ValueError):
-                raise
-            raise type(error)(f"{self._who()}: {error}") from error
-
-    def _block_axis(self) -> int:
-        assert isinstance(self._axis, int)
-        return self._axis
+    def leaving(self, entered: Entered) -> Tensor:
+        """What `forward` makes of a tensor that has entered."""
+        return way_of(self).quantize(self, entered)
 
     def _quantize(self, inputs: Tensor) -> Tensor:
         try:
-            if self._block_size is None:
-                return self._quantize_values(inputs, self._axis)
-            to_onnx = exporting_to_onnx()
-            if to_onnx and self._write_pair is not None:
-                return self._write_pair(inputs)
-            if to_onnx:
-                qdq_blocks.check_blocks(inputs, self._block_axis(), self._block_size)
-            rows = axes.to_groups(inputs, self._block_axis(), self._block_size)
-            if to_onnx:
-                if self.needs_amax:
-                    self._refuse_export()
-                grid, amax = (self._block_axis(), self._block_size), self._amax_to_write(rows, 0)
-                return qdq_blocks.quantize_dequantize_blocks(
-                    inputs, amax, *grid, self.format, scale_dtype=_scale_dtype(inputs)
-                )
-            rows = self._quantize_values(rows, 0)
-            return axes.from_groups(rows, inputs.shape, self._block_axis())
+            if exporting_to_onnx():
+                return way_of(self).write(self, self.reaching(inputs))
+            if exporting() and self.needs_amax:
+                self._refuse_export()
+            return self.leaving(self.entering(inputs))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{self._who()}: {error}") from error
-
-    def _quantize_values(self, inputs: Tensor, axis: Axis) -> Tensor:
-        to_onnx = exporting_to_onnx()
-        if self._dynamic:
-            if to_onnx:
-                return qdq_dynamic.dynamic_quantize_dequantize(inputs)
-            return fake_quantize_dynamic(inputs)
-        axes.kept_axes(axis, inputs.dim())
-        if to_onnx and self._write_pair is not None:
-            return self._write_pair(inputs)
-        if (to_onnx or exporting()) and self.needs_amax:
-            self._refuse_export()
-        amax = self._amax_to_write(inputs, axis) if to_onnx else self._effective_amax(inputs, axis)
-        if self._block_size is not None and amax.dim():
-            amax = amax.reshape(-1, 1)
-        if not self._fake_quant:
-            return quantize(inputs, amax, self.format)[0]
-        dtype = _scale_dtype(inputs)
-        if to_onnx:
-            axis = self._amax_axis(amax, axis)
-            return qdq.quantize_dequantize(inputs, amax, axis, self.format, scale_dtype=dtype)
-        if self._range_method is not None:
-            method, weight = self._range_method, self._range_of_weight
-            form = self.format
-            return learned_fake_quantize(
-                inputs, amax, form, method, weight=weight, scale_dtype=dtype
-            )
-        if self.use_fb_fake_quant and isinstance(self.format, IntFormat):
-            return torch_fake_quantize(inputs, amax, self._amax_axis(amax, axis), self.format)
-        return fake_quantize(inputs, amax, self.format, scale_dtype=dtype)
-
-    def _amax_axis(self, amax: Tensor, axis: Axis) -> Axis:
-        """The axis that `amax` varies along: the stored one, unless amax was replaced."""
-        if amax.dim() == 0:
-            return None
-        if axis is not None:
-            return axis
-        varying = [a for a, n in enumerate(amax.shape) if n != 1]
-        return varying[0] if len(varying) == 1 else tuple(varying) or None
 
     def _refuse_export(self) -> None:
         model = calling_model(self)
@@ -378,9 +292,3 @@ def uncalibrated_error(names: list[str]) -> RuntimeError:
         f"export of {len(names)} uncalibrated quantizer(s): {', '.join(names)}. "
         f"Calibrate them, disable() them, or declare them QuantDescriptor(dynamic=True).{hint}"
     )
-
-
-def _scale_dtype(inputs: Tensor) -> torch.dtype:
-    # Under autocast the half-precision tensors are temporary: the exported model is float32.
-    autocast = torch.is_autocast_enabled(inputs.device.type)
-    return torch.float32 if autocast else inputs.dtype

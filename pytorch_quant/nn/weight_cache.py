@@ -1,16 +1,15 @@
 """`cached_weights`: inside of it each weight is fake-quantized once.
 
-What is kept lies in the quantizer of the weight, and is found again by the tensors that it was made
-of: which objects they are, and where their values lie. Values that change in place leave no trace
-that could be relied upon (`Tensor._version` stays as it is under fused optimizers and `.data`),
-which is why there is no cache outside of the scope.
+A handler that intercepts the quantizer of the weight keeps it, and finds it again by the tensors
+that it was made of: which objects they are, and where their values lie. Values that change in place
+leave no trace that could be relied upon (`Tensor._version` stays as it is under fused optimizers
+and `.data`), which is why there is no cache outside of the scope.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,51 +18,54 @@ from torch import Tensor, nn
 from pytorch_quant.blockwise import is_plain
 from pytorch_quant.exporting import exporting, exporting_to_onnx
 from pytorch_quant.nn.modes import weight_quantizers
+from pytorch_quant.nn.quantizer.interception import Proceed
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
-
-# Scopes of several threads may hold the same quantizer.
-_LOCK = threading.Lock()
 
 
 class KeptWeights:
-    """What one quantizer keeps while scopes hold it.
+    """What one scope keeps of one quantizer, which it intercepts.
 
     Attributes:
-        scopes: How many hold it.
+        quantizer: Whose weights these are.
         ready: The fake-quantized weight for compiled code, which cannot look for it.
     """
 
-    def __init__(self) -> None:
-        self.scopes = 0
+    def __init__(self, quantizer: TensorQuantizer) -> None:
+        self.quantizer = quantizer
         self.ready: Tensor | None = None
         self._values: dict[Any, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._drops = 0
 
-    def drop(self) -> None:
+    def quantizer_changed(self) -> None:
         """Forget everything."""
         self._drops += 1
         self.ready = None
         self._values = {}
 
+    def __call__(self, x: Tensor, proceed: Proceed) -> Tensor:
+        """The handler of the quantizer."""
+        return self.quantized(lambda: x, (x,), proceed)
+
     def quantized(
-        self, quantizer: TensorQuantizer, weight: Callable[[], Tensor], sources: tuple[Tensor, ...]
+        self, weight: Callable[[], Tensor], sources: tuple[Tensor, ...], proceed: Proceed
     ) -> Tensor:
         """The fake-quantized weight, kept if no gradient has to flow through it.
 
         Args:
-            quantizer: Whose this is.
             weight: Makes what the quantizer shall see.
             sources: The tensors that it is made of.
+            proceed: Quantizes it.
         """
-        if quantizer.training or quantizer._if_calib or _wants_gradient(quantizer, sources):
-            return quantizer._process(weight())
+        quantizer = self.quantizer
+        if quantizer.training or quantizer.collects or _wants_gradient(quantizer, sources):
+            return proceed(weight())
         device = sources[0].device.type
         autocast = torch.is_autocast_enabled(device)
         if torch.compiler.is_compiling():
             ready = None if exporting() or autocast else self.ready
-            return quantizer._process(weight()) if ready is None else ready
-        if not self.scopes or exporting_to_onnx() or not is_plain(*sources):
-            return quantizer._process(weight())
+            return proceed(weight()) if ready is None else ready
+        if exporting_to_onnx() or not is_plain(*sources):
+            return proceed(weight())
         # Walking over modules takes longer than the rest, and a range that is learned has them.
         buffers = quantizer.buffers() if quantizer._modules else quantizer._buffers.values()
         held = (*sources, *(b for b in buffers if b is not None and b.numel()))
@@ -75,17 +77,18 @@ class KeptWeights:
         before = self._drops
         # A tensor of inference mode could not be used where the input needs a gradient.
         with torch.inference_mode(False), torch.no_grad():
-            value = quantizer._process(weight())
+            value = proceed(weight())
         if before == self._drops:
             # With the tensors themselves, as the id of one that is gone may be given again.
             self._values[key] = (held, value)
         return value
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copy of a model is in no scope."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
+    def prepare(self, weight: Tensor) -> None:
+        """Quantize the weight for compiled code."""
+        quantizer = self.quantizer
+        if not (quantizer.training or quantizer.collects or quantizer.needs_amax):
+            with torch.no_grad():
+                self.ready = quantizer.forward(weight)
 
 
 def quantized_weight(
@@ -99,10 +102,10 @@ def quantized_weight(
         *sources: The tensors that it is computed of.
     """
     # A program may have put another module in the place of the quantizer.
-    kept = getattr(quantizer, "_kept", None)
-    if kept is None:
+    handlers = getattr(quantizer, "_handlers", ())
+    if not handlers or not isinstance(handlers[-1], KeptWeights):
         return quantizer(weight())
-    return kept.quantized(quantizer, weight, sources)
+    return handlers[-1].quantized(weight, sources, quantizer._within(handlers[:-1]))
 
 
 @contextmanager
@@ -135,35 +138,13 @@ def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         `model`.
     """
-    held = list(weight_quantizers(model).items())
-    entered = []
-    try:
-        for quantizer, weights in held:
-            with _LOCK:
-                kept = quantizer.__dict__.get("_kept")
-                if kept is None:
-                    kept = quantizer.__dict__["_kept"] = KeptWeights()
-                kept.scopes += 1
-                kept.drop()
-            entered.append(quantizer)
+    with ExitStack() as scopes:
+        for quantizer, weights in weight_quantizers(model).items():
+            kept = KeptWeights(quantizer)
+            scopes.enter_context(quantizer.intercepted(kept))
             if len(weights) == 1 and isinstance(weights[0], nn.Parameter):
-                kept.ready = _ready(quantizer, kept, weights[0])
+                kept.prepare(weights[0])
         yield model
-    finally:
-        for quantizer in entered:
-            with _LOCK:
-                kept = quantizer.__dict__["_kept"]
-                kept.scopes -= 1
-                kept.drop()
-                if not kept.scopes:
-                    del quantizer.__dict__["_kept"]
-
-
-def _ready(quantizer: TensorQuantizer, kept: KeptWeights, weight: Tensor) -> Tensor | None:
-    if quantizer.training or quantizer._if_calib or quantizer.needs_amax:
-        return None
-    with torch.no_grad():
-        return kept.quantized(quantizer, lambda: weight, (weight,))
 
 
 def _wants_gradient(quantizer: TensorQuantizer, sources: tuple[Tensor, ...]) -> bool:

@@ -117,7 +117,7 @@ def quant_weight_inplace(model: nn.Module) -> None:
     found: dict[TensorQuantizer, list[list[Tensor]]] = {}
     for name, layer in model.named_modules():
         for quantizer, parameters in _stored_weights(layer):
-            if quantizer.disabled or not quantizer._if_quant:
+            if not quantizer.quantizes:
                 continue
             what = f"{name + '.' if name else ''}_weight_quantizer"
             if not quantizer.fake_quant:

@@ -50,10 +50,10 @@ def choose_best(
     judged = {
         name: quantizer
         for name, quantizer in quantizers.items()
-        if isinstance(quantizer._calibrator, HistogramCalibrator) and quantizer._calibrator.seen
+        if isinstance(quantizer.calibrator, HistogramCalibrator) and quantizer.calibrator.seen
     }
-    raise_named({name: quantizer._calibrator for name, quantizer in quantizers.items()})
-    calibrators = [quantizer._calibrator for quantizer in judged.values()]
+    raise_named({name: quantizer.calibrator for name, quantizer in quantizers.items()})
+    calibrators = [quantizer.calibrator for quantizer in judged.values()]
     amax = {method: compute_together(calibrators, method) for method in CANDIDATES}  # type: ignore[arg-type]
     trials = {
         name: _Trial(quantizer, {m: a for m in CANDIDATES if (a := amax[m][i]) is not None})
@@ -107,11 +107,11 @@ def choose_alike(
             stage.alone = lockstep
             choose_best(model, quantizers, sample[: counts[first]], forward, progress)
             stage.alone = False
-        stage.value = {name: getattr(q._calibrator, "best", None) for name, q in quantizers.items()}
+        stage.value = {name: getattr(q.calibrator, "best", None) for name, q in quantizers.items()}
     if together:
         for name, quantizer in quantizers.items():
-            if isinstance(quantizer._calibrator, HistogramCalibrator):
-                quantizer._calibrator.best = stage.values[first][name]
+            if isinstance(quantizer.calibrator, HistogramCalibrator):
+                quantizer.calibrator.best = stage.values[first][name]
 
 
 class _Trial:
@@ -169,25 +169,14 @@ def _judging(layers: dict[nn.Module, list[_Trial]]) -> Iterator[None]:
 
 @contextmanager
 def _only(quantizer: TensorQuantizer, amax: Tensor) -> Iterator[None]:
-    """Quantize with `amax`; what the quantizer held comes back."""
-    held = quantizer._buffers.get("_amax")
-    parameter = quantizer._parameters.pop("_amax", None)
-    learned = quantizer._learn_amax
-    quantizer._buffers["_amax"] = amax
-    # A learned range is asked for its clip values otherwise.
-    quantizer._learn_amax = False
-    quantizer.enable_quant()
-    try:
-        yield
-    finally:
-        quantizer.disable_quant()
-        quantizer._learn_amax = learned
-        if held is None:
-            quantizer._buffers.pop("_amax", None)
-        else:
-            quantizer._buffers["_amax"] = held
-        if parameter is not None:
-            quantizer._parameters["_amax"] = parameter
+    """Quantize with `amax`."""
+    with quantizer.intercepted(lambda x, _: quantizer.leaving(quantizer.entering(x, amax))):
+        # A recurrent layer calls no quantizers that are off.
+        quantizer.enable_quant()
+        try:
+            yield
+        finally:
+            quantizer.disable_quant()
 
 
 def _layer_of(model: nn.Module, name: str) -> nn.Module:

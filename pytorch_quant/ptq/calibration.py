@@ -118,7 +118,7 @@ def calibrate(
             )
     collecting = {name: q for name, q in quantizers.items() if takes_part(q) and not weights.get(q)}
     activations = {name: q for name, q in collecting.items() if q not in weights}
-    before = {quantizer: quantizer._calibrator for quantizer in collecting.values()}
+    before = {quantizer: quantizer.calibrator for quantizer in collecting.values()}
     restore = _snapshot(before.values())
     progress = progress and not (together and distributed.rank())
     keep = options.get("sample_batches", 1) if method == "best" else 0
@@ -126,12 +126,12 @@ def calibrate(
     try:
         with agreeing(together) as start:
             if accumulate:
-                raise_named({name: q._calibrator for name, q in collecting.items()})
+                raise_named({name: q.calibrator for name, q in collecting.items()})
             for name, quantizer in collecting.items():
                 wanted = weight_method if quantizer in weights else method
                 prepare_calibrator(quantizer, wanted, accumulate, name)
-                if "momentum" in options and isinstance(quantizer._calibrator, Calibrator):
-                    quantizer._calibrator.momentum = options["momentum"]
+                if "momentum" in options and isinstance(quantizer.calibrator, Calibrator):
+                    quantizer.calibrator.momentum = options["momentum"]
             start_once(collecting, accumulate, together)
             if together:
                 arguments = {"method": method, "weight_method": weight_method, **options}
@@ -169,7 +169,7 @@ def calibrate(
         if not any(ran.values):
             # Nothing new was learned: what was known before is still the best.
             for quantizer, calibrator in before.items():
-                quantizer._calibrator = calibrator
+                quantizer.calibrator = calibrator
             restore()
         raise
     with agreeing(together):
@@ -215,7 +215,7 @@ def _run(
     """
     stage.value = 0
     sample: list[Any] = []
-    calibrators = [quantizer._calibrator for quantizer in collecting.values()]
+    calibrators = [quantizer.calibrator for quantizer in collecting.values()]
     restore = _snapshot(calibrators)
     waiting = faults_wait(collecting.values() if lockstep else ())
     with shared_observations(), one_pass() as current, waiting as faults:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytorch_quant import distributed
+from pytorch_quant.nn.quantizer.interception import Proceed
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 
 _ENDED, _READY, _FAILED = range(3)
@@ -31,21 +32,22 @@ def faults_wait(quantizers: Iterable[TensorQuantizer]) -> Iterator[Faults]:
     """
     faults, held = Faults(), list(quantizers)
 
-    def guarded(quantizer: TensorQuantizer, inputs: Tensor) -> None:
+    def guarded(x: Tensor, proceed: Proceed) -> Tensor:
         try:
-            TensorQuantizer._collect_named(quantizer, inputs)
+            return proceed(x)
         except Exception as error:
+            if faults.first is not None:
+                # Nobody collects any more, so that it comes from elsewhere.
+                raise
             faults.first = error
             for each in held:
                 each.disable_calib()
+            return proceed(x)
 
-    try:
+    with ExitStack() as stack:
         for quantizer in held:
-            vars(quantizer)["_collect_named"] = lambda x, q=quantizer: guarded(q, x)
+            stack.enter_context(quantizer.intercepted(guarded))
         yield faults
-    finally:
-        for quantizer in held:
-            vars(quantizer).pop("_collect_named", None)
 
 
 def in_step(batches: Iterable[Any], faults: Faults) -> Iterator[tuple[Any, bool]]:

@@ -67,7 +67,7 @@ def prepare_calibrator(
         ValueError: it holds statistics of another kind, to which the method cannot add.
     """
     kind = MaxCalibrator if method in MAXIMA_METHODS else HistogramCalibrator
-    present = quantizer._calibrator
+    present = quantizer.calibrator
     if present is not None and type(present) not in (MaxCalibrator, HistogramCalibrator):
         # The user's own calibrator: only it can start itself afresh.
         if not accumulate:
@@ -82,13 +82,9 @@ def prepare_calibrator(
             f"{name} holds statistics of {type(present).__name__}, to which {method!r} cannot "
             "add; calibrate with the same kind of method, or with accumulate=False"
         )
-    if type(present) is kind:
-        # A new object: the one before comes back if no batch arrives.
-        quantizer._calibrator = present.fresh()
-        quantizer._format_changed()
-        return
+    # A new object: the one before comes back if no batch arrives.
     histogram = kind is HistogramCalibrator
-    quantizer._calibrator = quantizer._make_calibrator("histogram" if histogram else "max")
+    quantizer.calibrator = quantizer.fresh_calibrator("histogram" if histogram else "max")
 
 
 def fill(
@@ -112,9 +108,7 @@ def fill(
             "run calibrate(model, batches) first"
         )
     for quantizer, (_, amax) in found.items():
-        quantizer._store_amax(amax)
-        if quantizer._learn_amax:
-            quantizer.init_learn_amax()
+        quantizer.set_range(amax)
     if unreached:
         warnings.warn(
             f"{len(unreached)} quantizer(s) were not reached and have no new amax: "
@@ -136,9 +130,9 @@ def _ask(
     answers: dict[str, tuple[str, Tensor] | None] = {}
     together: dict[tuple[str, bool], list[str]] = {}
     uncollected = []
-    raise_named({name: quantizer._calibrator for name, quantizer in taking.items()})
+    raise_named({name: quantizer.calibrator for name, quantizer in taking.items()})
     for name, quantizer in taking.items():
-        calibrator, wanted = quantizer._calibrator, asked[name]
+        calibrator, wanted = quantizer.calibrator, asked[name]
         # Options are those of the method for activations.
         takes_options = wanted == method and name not in from_weights
         if calibrator is None:
@@ -157,7 +151,7 @@ def _ask(
             "weight_method=)"
         )
     for (wanted, takes_options), names in together.items():
-        calibrators: list[Any] = [taking[name]._calibrator for name in names]
+        calibrators: list[Any] = [taking[name].calibrator for name in names]
         found = compute_together(calibrators, wanted, **(options if takes_options else {}))
         for name, calibrator, amax in zip(names, calibrators, found, strict=True):
             shown = f"best: {calibrator.best}" if wanted == "best" else wanted
@@ -173,23 +167,17 @@ def _rows(
         amax = None if quantizer.amax is None else quantizer.amax.clone()
         if quantizer in found:
             method, stored = found[quantizer]
-            calibrator = quantizer._calibrator
-            seen = calibrator.seen if isinstance(calibrator, Calibrator) else None
-            clipped = _clipped(calibrator, stored * (quantizer._scale_amax or 1.0))
+            calibrator = quantizer.calibrator
+            seen = clipped = None
+            if isinstance(calibrator, Calibrator):
+                seen = calibrator.seen
+                clipped = calibrator.share_above(stored * (quantizer.scale_amax or 1.0))
             rows.append(QuantizerRange(name, method, amax, seen, clipped))
         elif quantizer.dynamic:
             rows.append(QuantizerRange(name, "dynamic", None))
         elif quantizer.fixed and amax is not None:
             rows.append(QuantizerRange(name, "fixed", amax))
     return rows
-
-
-def _clipped(calibrator: Any, reach: Tensor) -> float | None:
-    """The share of the values above `reach`, of the shape of an amax; None if it is not known."""
-    if isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is not None:
-        return calibrator.histogram.share_above(reach.reshape(-1))
-    maxima = calibrator._maxima if isinstance(calibrator, Calibrator) else None
-    return 0.0 if maxima is not None and bool((maxima.largest <= reach).all()) else None
 
 
 def _collect_weights(

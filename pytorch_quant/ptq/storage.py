@@ -20,7 +20,6 @@ from pytorch_quant.files import written_aside
 from pytorch_quant.nn.modes import named_quantizers, weight_quantizers
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.ranges import takes_part
-from pytorch_quant.ptq.sync import mark_united
 
 PathLike = str | os.PathLike[str]
 
@@ -53,9 +52,9 @@ def save_calibration(model: nn.Module, path: PathLike) -> None:
     weights = weight_quantizers(model)
     entries = {}
     quantizers = named_quantizers(model)
-    raise_named({name: q._calibrator for name, q in quantizers.items() if not weights.get(q)})
+    raise_named({name: q.calibrator for name, q in quantizers.items() if not weights.get(q)})
     for name, quantizer in quantizers.items():
-        calibrator = quantizer._calibrator
+        calibrator = quantizer.calibrator
         if calibrator is None or weights.get(quantizer):
             continue
         if type(calibrator) not in (MaxCalibrator, HistogramCalibrator):
@@ -107,9 +106,9 @@ def load_calibration(
     merged: dict[str, Calibrator] = {}
     sources: dict[str, str] = {}
     if accumulate:
-        raise_named({name: quantizer._calibrator for name, quantizer in quantizers.items()})
+        raise_named({name: quantizer.calibrator for name, quantizer in quantizers.items()})
         for name, quantizer in quantizers.items():
-            held: Any = quantizer._calibrator
+            held: Any = quantizer.calibrator
             if type(held) in (MaxCalibrator, HistogramCalibrator) and held.seen:
                 merged[name] = _calibrator_of(quantizer, _entry(held, held.state()))
                 sources[name] = "the model"
@@ -126,12 +125,12 @@ def load_calibration(
                 raise ValueError(f"{path}: {name}: {error}; the file is damaged") from error
             if name in merged:
                 _check_alike(name, merged[name], calibrator, sources[name], path)
-                _merge(merged[name], calibrator)
+                merged[name].merge(calibrator)
             else:
                 merged[name], sources[name] = calibrator, str(path)
     for name in loaded:
-        mark_united(merged[name])
-        quantizers[name]._calibrator = merged[name]
+        merged[name].mark_united()
+        quantizers[name].calibrator = merged[name]
     weights = weight_quantizers(model)
     missing = [
         name
@@ -149,17 +148,12 @@ def load_calibration(
 def _entry(calibrator: Any, state: dict[str, Tensor]) -> dict[str, Any]:
     """A calibrator as plain values."""
     histogram = isinstance(calibrator, HistogramCalibrator)
-    entry = {
+    return calibrator.settings | {
         "kind": "histogram" if histogram else "max",
-        "axis": calibrator._axis,
-        "unsigned": bool(calibrator._unsigned),
         "momentum": calibrator.momentum,
         "best": calibrator.best,
         "state": {key: tensor.cpu() for key, tensor in state.items()},
     }
-    if histogram:
-        entry |= {"num_bins": calibrator._num_bins, "skip_zeros": bool(calibrator._skip_zeros)}
-    return entry
 
 
 def _calibrator_of(quantizer: TensorQuantizer, entry: dict[str, Any]) -> Calibrator:
@@ -179,11 +173,11 @@ def _calibrator_of(quantizer: TensorQuantizer, entry: dict[str, Any]) -> Calibra
         channels, shape = made.histogram.channels, made.amax_shape or ()
         if channels != math.prod(shape):
             raise ValueError(f"counts of {channels} channels for maxima of shape {shape}")
-    if quantizer._device.type != "cpu":
-        mps = quantizer._device.type == "mps"
+    if quantizer.device.type != "cpu":
+        mps = quantizer.device.type == "mps"
         made.load_state(
             {
-                key: (t.float() if mps and t.dtype == torch.float64 else t).to(quantizer._device)
+                key: (t.float() if mps and t.dtype == torch.float64 else t).to(quantizer.device)
                 for key, t in entry["state"].items()
             }
         )
@@ -262,7 +256,7 @@ def _check_names(
 
 
 def _check_fits(name: str, quantizer: TensorQuantizer, entry: dict[str, Any], path: Path) -> None:
-    calibrator = quantizer._calibrator
+    calibrator = quantizer.calibrator
     if calibrator is None:
         raise ValueError(
             f"{name} has no calibrator, as it is dynamic, and {path} holds statistics for it; "
@@ -270,7 +264,8 @@ def _check_fits(name: str, quantizer: TensorQuantizer, entry: dict[str, Any], pa
         )
     if type(calibrator) not in (MaxCalibrator, HistogramCalibrator):
         raise TypeError(f"{name} {_foreign(calibrator)}, which a file cannot fill")
-    for field, mine in (("axis", calibrator._axis), ("unsigned", calibrator._unsigned)):
+    for field in ("axis", "unsigned"):
+        mine = calibrator.settings[field]
         if entry[field] != mine:
             raise ValueError(
                 f"{name} has {field}={mine}, {path} holds statistics for {field}={entry[field]}; "
@@ -289,8 +284,8 @@ def _check_fits(name: str, quantizer: TensorQuantizer, entry: dict[str, Any], pa
 def _check_alike(name: str, mine: Any, theirs: Any, source: str, path: Path) -> None:
     for what, get in (
         ("calibrator", lambda c: type(c).__name__),
-        ("num_bins", lambda c: getattr(c, "_num_bins", None)),
-        ("skip_zeros", lambda c: getattr(c, "_skip_zeros", None)),
+        ("num_bins", lambda c: c.settings.get("num_bins")),
+        ("skip_zeros", lambda c: c.settings.get("skip_zeros")),
         ("shape", lambda c: c.amax_shape),
     ):
         if get(mine) != get(theirs):
@@ -299,16 +294,6 @@ def _check_alike(name: str, mine: Any, theirs: Any, source: str, path: Path) -> 
                 "statistics of one kind merge: collect both with the same settings and method, or "
                 "load one of them"
             )
-
-
-def _merge(mine: Any, theirs: Any) -> None:
-    mine._maxima.merge(theirs._maxima)
-    if isinstance(mine, HistogramCalibrator):
-        assert mine.histogram is not None
-        mine.histogram.merge(theirs.histogram)
-    if mine.best != theirs.best:
-        # Neither choice was made on all of the batches.
-        mine.best = None
 
 
 def _foreign(calibrator: Any) -> str:

@@ -24,8 +24,6 @@ from pytorch_quant.calib.faults import raise_named
 from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.ptq.report import CalibrationReport
 
-# Names the statistics of a calibrator that all processes hold alike.
-_UNITED = "_united"
 _KINDS = ("max", "sum", "first")
 
 
@@ -94,7 +92,7 @@ def describe(collecting: dict[str, TensorQuantizer], **arguments: Any) -> dict[s
     """
     described: dict[str, Any] = {f"calibrate({key}=)": arguments[key] for key in arguments}
     for name, quantizer in collecting.items():
-        calibrator = quantizer._calibrator
+        calibrator = quantizer.calibrator
         kind = type(calibrator)
         if not isinstance(calibrator, Calibrator) or not _has_state(type(calibrator)):
             raise TypeError(
@@ -102,11 +100,7 @@ def describe(collecting: dict[str, TensorQuantizer], **arguments: Any) -> dict[s
                 "derive it from Calibrator and give it reductions, state() and load_state() for "
                 "all that it collects, or calibrate with sync=False"
             )
-        settings = {"calibrator": kind.__qualname__, "axis": calibrator._axis}
-        settings["unsigned"] = calibrator._unsigned
-        if isinstance(calibrator, HistogramCalibrator):
-            settings |= {"bins": calibrator._num_bins, "skip_zeros": calibrator._skip_zeros}
-        described[name] = settings
+        described[name] = {"calibrator": kind.__qualname__} | calibrator.settings
     return described
 
 
@@ -137,26 +131,19 @@ def start_once(collecting: dict[str, TensorQuantizer], accumulate: bool, togethe
         RuntimeError: what was added cannot be told from what all hold, naming the quantizer.
     """
     for name, quantizer in collecting.items():
-        calibrator = quantizer._calibrator
-        if calibrator is None or (united := _united_state(calibrator)) is None:
+        calibrator = quantizer.calibrator
+        if calibrator is None or (united := getattr(calibrator, "united", None)) is None:
             continue
         if not accumulate:
-            setattr(calibrator, _UNITED, None)
+            calibrator.unmark_united()
         elif together and distributed.rank() > 0:
             added = _added(name, calibrator, united)
             # A new object: the one before comes back if no batch arrives.
-            quantizer._calibrator = copy.copy(calibrator)
-            quantizer._calibrator.reset()
+            quantizer.calibrator = fresh = copy.copy(calibrator)
+            fresh.reset()
             if added:
-                quantizer._calibrator.load_state(added)
-            setattr(quantizer._calibrator, _UNITED, None)
-
-
-def mark_united(calibrator: Calibrator) -> None:
-    """Note that all processes hold these statistics, until they are reset."""
-    # A calibrator of the user's own may hand out the very tensors that it collects into.
-    state = {key: tensor.clone() for key, tensor in calibrator.state().items()}
-    setattr(calibrator, _UNITED, (calibrator._maxima, state))
+                fresh.load_state(added)
+            fresh.unmark_united()
 
 
 def _added(name: str, calibrator: Calibrator, united: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,9 +184,7 @@ def take_first(quantizers: dict[str, TensorQuantizer], report: CalibrationReport
     taken = {name: amax for name, amax in found.items() if name in quantizers}
     distributed.broadcast(list(taken.values()), 0)
     for name, amax in taken.items():
-        quantizers[name]._store_amax(amax)
-        if quantizers[name]._learn_amax:
-            quantizers[name].init_learn_amax()
+        quantizers[name].set_range(amax)
 
 
 def unite(collecting: dict[str, TensorQuantizer]) -> None:
@@ -216,9 +201,9 @@ def unite(collecting: dict[str, TensorQuantizer]) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     with agreeing(True) as stage:
         layout: dict[str, Any] = {}
-        raise_named({name: quantizer._calibrator for name, quantizer in collecting.items()})
+        raise_named({name: quantizer.calibrator for name, quantizer in collecting.items()})
         for name, quantizer in collecting.items():
-            calibrator = quantizer._calibrator
+            calibrator = quantizer.calibrator
             assert calibrator is not None
             states[name] = calibrator.state()
             entries = {key: (tuple(t.shape), t.dtype) for key, t in states[name].items()}
@@ -249,8 +234,8 @@ class _Parts:
     def __init__(
         self, quantizer: TensorQuantizer, state: dict[str, Tensor], layout: dict[str, Any]
     ) -> None:
-        assert quantizer._calibrator is not None
-        self.calibrator = quantizer._calibrator
+        assert quantizer.calibrator is not None
+        self.calibrator = quantizer.calibrator
         self.kinds = {key: self.calibrator.reductions[key] for key in layout}
         self.entries = {}
         for key, (shape, dtype) in layout.items():
@@ -258,7 +243,7 @@ class _Parts:
                 self.entries[key] = state[key].clone(memory_format=torch.contiguous_format)
             else:
                 fill = _least(dtype) if self.kinds[key] == "max" else 0
-                device = quantizer._device
+                device = quantizer.device
                 self.entries[key] = torch.full(shape, fill, dtype=dtype, device=device)
         self.exponent = self.entries.get("exponent")
         if self.exponent is not None:
@@ -283,7 +268,7 @@ class _Parts:
         """Give the calibrator what all processes hold together."""
         if self.entries:
             self.calibrator.load_state(self.entries)
-            mark_united(self.calibrator)
+            self.calibrator.mark_united()
 
 
 def _reduce(parts: dict[str, _Parts], *kinds: str) -> None:
@@ -304,7 +289,7 @@ def _agreed_layout(
     if holder is None:
         return {}
     entries = layouts[holder][name][0]
-    known = quantizer._calibrator.reductions if quantizer._calibrator is not None else {}
+    known = quantizer.calibrator.reductions if quantizer.calibrator is not None else {}
     if missing := [key for key in entries if key not in known]:
         raise ValueError(
             f"{name}: the reductions of its calibrator do not say how {', '.join(missing)} of its "
@@ -333,13 +318,6 @@ def _first(name: str, layouts: list[dict[str, Any]]) -> int | None:
 
 def _least(dtype: torch.dtype) -> float | int:
     return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
-
-
-def _united_state(calibrator: Any) -> dict[str, Tensor] | None:
-    """What all processes hold of these statistics; None if they are of this process alone."""
-    maxima, state = getattr(calibrator, _UNITED, None) or (None, None)
-    # Statistics that were replaced since are those of this process again.
-    return state if maxima is calibrator._maxima else None
 
 
 def _has_state(kind: type[Calibrator]) -> bool:

@@ -50,11 +50,8 @@ class _KeepFloat:
         self.p = p
 
     def __call__(self, quantizer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        active = quantizer._if_quant and not quantizer.disabled
-        if not (quantizer.training and active):
+        if not (quantizer.training and quantizer.quantizes):
             return None
-        (x,) = inputs
-        if quantizer.pre_quant_scale is not None:
-            x = x * quantizer.pre_quant_scale.to(x.dtype)
+        x = quantizer.prescaled(*inputs)
         stays = torch.rand_like(x, dtype=torch.float32) < self.p
         return torch.where(stays, x, output)

@@ -32,21 +32,21 @@ def freeze_ranges(model: nn.Module) -> Undo:
     if parameters:
         _check_wrapper(model)
     moving = [
-        (q, q._range_momentum)
+        (q, q.range_momentum)
         for q in named_quantizers(model).values()
-        if q._range_momentum is not None
+        if q.range_momentum is not None
     ]
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     for quantizer, _ in moving:
-        quantizer._range_momentum = None
+        quantizer.follow_range(None)
 
     def undo() -> None:
         for parameter in parameters:
             parameter.requires_grad_(True)
         for quantizer, momentum in moving:
-            quantizer._range_momentum = momentum
+            quantizer.follow_range(momentum)
 
     return Undo(undo)
 

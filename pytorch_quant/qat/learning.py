@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from pytorch_quant.distributed import whole
 from pytorch_quant.learned_range import RANGE_METHODS, RangeMethod
 from pytorch_quant.nn.modes import named_quantizers
-from pytorch_quant.nn.tensor_quantizer import TensorQuantizer
 from pytorch_quant.qat.selection import chosen, wrappers
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -57,7 +56,7 @@ def learn_ranges(
     if method not in RANGE_METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(RANGE_METHODS)}")
     found, of_weights = chosen(model, activations, weights, "learn_ranges")
-    found = {name: q for name, q in found.items() if not _clips(q)}
+    found = {name: q for name, q in found.items() if not q.learns_by_clip}
     new = {name: q for name, q in found.items() if q.learned_range is None}
     starts = {name: _start(q.amax) for name, q in new.items()}
     missing = [name for name, start in starts.items() if start is None]
@@ -76,7 +75,7 @@ def learn_ranges(
     for name, quantizer in found.items():
         start = starts.get(name)
         if start is not None:
-            quantizer._store_amax(start)
+            quantizer.set_range(start)
         quantizer.learn_range(method, weight=quantizer in of_weights)
     return list(found)
 
@@ -163,10 +162,6 @@ def parameter_groups(
         for name, parameters in sorted_in.items()
         if parameters
     ]
-
-
-def _clips(quantizer: TensorQuantizer) -> bool:
-    return quantizer._learn_amax and quantizer._range_method is None
 
 
 def _start(amax: Tensor | None) -> Tensor | None:

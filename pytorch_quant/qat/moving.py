@@ -46,20 +46,19 @@ def update_ranges(
     if not (math.isfinite(momentum) and 0 <= momentum < 1):
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
     found, of_weights = chosen(model, activations, weights, "update_ranges")
-    followers = [q for q in found.values() if not q._learn_amax]
+    followers = [q for q in found.values() if not q.learns]
     if not followers:
         raise ValueError(
             "update_ranges: all ranges are learned, so that none follows the batches; build the "
             "model anew for moving ranges"
         )
-    before = [(q, q._range_momentum, q._range_synced) for q in followers]
+    before = [(q, q.range_momentum, q.range_synced) for q in followers]
     for quantizer in followers:
-        quantizer._range_momentum = momentum
         # The weights are the same in all processes.
-        quantizer._range_synced = sync and quantizer not in of_weights
+        quantizer.follow_range(momentum, synced=sync and quantizer not in of_weights)
 
     def undo() -> None:
         for quantizer, held, synced in before:
-            quantizer._range_momentum, quantizer._range_synced = held, synced
+            quantizer.follow_range(held, synced=synced)
 
     return Undo(undo)

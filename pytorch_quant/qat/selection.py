@@ -27,9 +27,9 @@ def chosen(
     found = {
         name: q
         for name, q in named_quantizers(model).items()
-        if not (q.disabled or q.dynamic or q.fixed)
-        and q._if_quant
+        if q.quantizes
         and q.fake_quant
+        and not (q.dynamic or q.fixed)
         and (weights if q in of_weights else activations)
     }
     if not found:

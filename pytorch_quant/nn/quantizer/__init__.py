@@ -1,0 +1,1 @@
+"""What a `TensorQuantizer` is made of."""
