@@ -33,9 +33,11 @@ LAYERS = {
 LAYER_OF = {part: level for level, parts in LAYERS.items() for part in parts.split()}
 # What export imports: nothing of the workflow.
 EXPORT_SEES = [
+    "axes",
     "batches",
     "einsum",
     "export",
+    "exporting",
     "fake_quant",
     "files",
     "formats",

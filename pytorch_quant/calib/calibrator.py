@@ -146,7 +146,6 @@ class Calibrator:
                 self._maxima.update(observation.maximum, observation.numel, valid, self.momentum)
             self._batches += 1
 
-    @property
     def settings(self) -> dict[str, Any]:
         """What two calibrators must have in common for their statistics to merge."""
         return {"axis": self._axis, "unsigned": bool(self._unsigned)}
@@ -174,8 +173,7 @@ class Calibrator:
         """Undo `mark_united`."""
         self._united = None
 
-    @property
-    def united(self) -> dict[str, Tensor] | None:
+    def united_state(self) -> dict[str, Tensor] | None:
         """What all processes hold of these statistics; None if they are of this process alone."""
         maxima, state = getattr(self, "_united", None) or (None, None)
         # Statistics that were replaced since are those of this process again.

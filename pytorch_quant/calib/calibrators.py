@@ -177,11 +177,10 @@ class HistogramCalibrator(Calibrator):
     def histogram(self, histogram: Histogram | None) -> None:
         self._histogram, self._waiting = histogram, None
 
-    @property
     def settings(self) -> dict[str, Any]:
         """See `Calibrator.settings`."""
         own = {"num_bins": self._num_bins, "skip_zeros": bool(self._skip_zeros)}
-        return super().settings | own
+        return super().settings() | own
 
     def merge(self, other: Any) -> None:
         """See `Calibrator.merge`."""

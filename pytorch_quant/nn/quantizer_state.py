@@ -70,7 +70,7 @@ class QuantizerState(QuantizerSwitches):
     # Properties
 
     @property
-    def device(self) -> torch.device:
+    def buffer_device(self) -> torch.device:
         """Where its buffers are, or would be."""
         return self._place.device
 
@@ -192,7 +192,7 @@ class QuantizerState(QuantizerSwitches):
         scale = torch.as_tensor(value, dtype=torch.float32).detach().clone()
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"{self._who()}: pre_quant_scale must be finite, got {value}")
-        self._pre_quant_scale = scale.to(self.device)
+        self._pre_quant_scale = scale.to(self.buffer_device)
 
     def prescaled(self, x: Tensor) -> Tensor:
         """`x` times `pre_quant_scale`, in its dtype; what a disabled quantizer gives."""
@@ -210,7 +210,7 @@ class QuantizerState(QuantizerSwitches):
         """Make `amax` the buffer; in place where one of that shape exists."""
         self._changed()
         with torch.inference_mode(False), torch.no_grad():
-            device = self.device if amax.device.type == "cpu" else amax.device
+            device = self.buffer_device if amax.device.type == "cpu" else amax.device
             amax = amax.detach().to(device, torch.float32)
             if self._axis is None and self._block_size is None and amax.numel() == 1:
                 amax = amax.reshape(())
@@ -302,7 +302,7 @@ class QuantizerState(QuantizerSwitches):
                     f"the model {here}"
                 )
         if present is None or present.shape != loaded.shape:
-            value = torch.empty(loaded.shape, dtype=torch.float32, device=self.device)
+            value = torch.empty(loaded.shape, dtype=torch.float32, device=self.buffer_device)
             if present is not None:
                 delattr(self, buffer)
             self.register_buffer(buffer, value)

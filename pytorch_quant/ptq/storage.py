@@ -148,7 +148,7 @@ def load_calibration(
 def _entry(calibrator: Any, state: dict[str, Tensor]) -> dict[str, Any]:
     """A calibrator as plain values."""
     histogram = isinstance(calibrator, HistogramCalibrator)
-    return calibrator.settings | {
+    return calibrator.settings() | {
         "kind": "histogram" if histogram else "max",
         "momentum": calibrator.momentum,
         "best": calibrator.best,
@@ -173,11 +173,14 @@ def _calibrator_of(quantizer: TensorQuantizer, entry: dict[str, Any]) -> Calibra
         channels, shape = made.histogram.channels, made.amax_shape or ()
         if channels != math.prod(shape):
             raise ValueError(f"counts of {channels} channels for maxima of shape {shape}")
-    if quantizer.device.type != "cpu":
-        mps = quantizer.device.type == "mps"
+    device = quantizer.buffer_device
+    if device.type != "cpu":
+        mps = device.type == "mps"
         made.load_state(
             {
-                key: (t.float() if mps and t.dtype == torch.float64 else t).to(quantizer.device)
+                key: (t.float() if mps and t.dtype == torch.float64 else t).to(
+                    quantizer.buffer_device
+                )
                 for key, t in entry["state"].items()
             }
         )
@@ -265,7 +268,7 @@ def _check_fits(name: str, quantizer: TensorQuantizer, entry: dict[str, Any], pa
     if type(calibrator) not in (MaxCalibrator, HistogramCalibrator):
         raise TypeError(f"{name} {_foreign(calibrator)}, which a file cannot fill")
     for field in ("axis", "unsigned"):
-        mine = calibrator.settings[field]
+        mine = calibrator.settings()[field]
         if entry[field] != mine:
             raise ValueError(
                 f"{name} has {field}={mine}, {path} holds statistics for {field}={entry[field]}; "
@@ -284,8 +287,8 @@ def _check_fits(name: str, quantizer: TensorQuantizer, entry: dict[str, Any], pa
 def _check_alike(name: str, mine: Any, theirs: Any, source: str, path: Path) -> None:
     for what, get in (
         ("calibrator", lambda c: type(c).__name__),
-        ("num_bins", lambda c: c.settings.get("num_bins")),
-        ("skip_zeros", lambda c: c.settings.get("skip_zeros")),
+        ("num_bins", lambda c: c.settings().get("num_bins")),
+        ("skip_zeros", lambda c: c.settings().get("skip_zeros")),
         ("shape", lambda c: c.amax_shape),
     ):
         if get(mine) != get(theirs):

@@ -100,7 +100,7 @@ def describe(collecting: dict[str, TensorQuantizer], **arguments: Any) -> dict[s
                 "derive it from Calibrator and give it reductions, state() and load_state() for "
                 "all that it collects, or calibrate with sync=False"
             )
-        described[name] = {"calibrator": kind.__qualname__} | calibrator.settings
+        described[name] = {"calibrator": kind.__qualname__} | calibrator.settings()
     return described
 
 
@@ -132,7 +132,7 @@ def start_once(collecting: dict[str, TensorQuantizer], accumulate: bool, togethe
     """
     for name, quantizer in collecting.items():
         calibrator = quantizer.calibrator
-        if calibrator is None or (united := getattr(calibrator, "united", None)) is None:
+        if not isinstance(calibrator, Calibrator) or (united := calibrator.united_state()) is None:
             continue
         if not accumulate:
             calibrator.unmark_united()
@@ -243,7 +243,7 @@ class _Parts:
                 self.entries[key] = state[key].clone(memory_format=torch.contiguous_format)
             else:
                 fill = _least(dtype) if self.kinds[key] == "max" else 0
-                device = quantizer.device
+                device = quantizer.buffer_device
                 self.entries[key] = torch.full(shape, fill, dtype=dtype, device=device)
         self.exponent = self.entries.get("exponent")
         if self.exponent is not None:

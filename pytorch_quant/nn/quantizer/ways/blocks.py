@@ -8,32 +8,32 @@ from torch import Tensor
 
 from pytorch_quant import axes, qdq_blocks
 from pytorch_quant.nn.quantizer.entered import Entered
-from pytorch_quant.nn.quantizer.ways.of_rows import way_of_rows
+from pytorch_quant.nn.quantizer.ways.static import Static
 
 
 class Blocks:
-    """See `pytorch_quant.nn.quantizer.ways`."""
+    """See `pytorch_quant.nn.quantizer.ways`; `way` is that of the rows."""
+
+    def __init__(self, way: Static) -> None:
+        self.way = way
 
     def enter(self, quantizer: Any, x: Tensor, amax: Tensor | None) -> Entered:
         """The blocks as rows, and a range for each of them."""
-        axis, size = quantizer._block_axis(), quantizer._block_size
+        axis, size = quantizer._axis, quantizer._block_size
         rows = axes.to_groups(x, axis, size)
         amax = quantizer._range_for(rows, 0, amax)
         if amax.dim():
             amax = amax.reshape(-1, 1)
-        dtype = way_of_rows(quantizer).scale_dtype(x)
-        return Entered(x, rows, amax, quantizer.format, dtype, axis, size)
+        return Entered(x, rows, amax, quantizer.format, self.way.scale_dtype(x), axis, size)
 
     def quantize(self, quantizer: Any, entered: Entered) -> Tensor:
         """What the way of the rows gives, in the shape that came."""
-        return entered.in_shape(way_of_rows(quantizer).quantize(quantizer, entered))
+        return entered.in_shape(self.way.quantize(quantizer, entered))
 
     def write(self, quantizer: Any, x: Tensor) -> Tensor:
         """A pair of opset 21, with scales of blocks."""
-        axis, size = quantizer._block_axis(), quantizer._block_size
+        axis, size, fmt = quantizer._axis, quantizer._block_size, quantizer.format
         qdq_blocks.check_blocks(x, axis, size)
         amax = quantizer._range_to_write(axes.to_groups(x, axis, size), 0)
-        dtype = way_of_rows(quantizer).scale_dtype(x)
-        return qdq_blocks.quantize_dequantize_blocks(
-            x, amax, axis, size, quantizer.format, scale_dtype=dtype
-        )
+        dtype = self.way.scale_dtype(x)
+        return qdq_blocks.quantize_dequantize_blocks(x, amax, axis, size, fmt, scale_dtype=dtype)
