@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from onnx import TensorProto, helper
+
+# Before 1.31 its QuantizeLinear of float16 tensors and of blocks gives other codes, a step away, than
+# the specification, so that what comes after them differs by more than rounding.
+OLD_KERNELS = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 31)
+needs_half = pytest.mark.skipif(
+    OLD_KERNELS, reason="ONNX Runtime below 1.31 quantizes float16 a step away"
+)
 
 OPTIMIZATIONS_OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 

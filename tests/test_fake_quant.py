@@ -116,7 +116,11 @@ def test_float16_codes_equal_onnx_runtime_on_a_million_values(unsigned, amax):
     steps = x.astype(np.float64) / scale.item()
     beyond = np.abs(steps) >= 2**31
     assert np.all(got[beyond] == np.where(steps[beyond] > 0, fmt.qmax, fmt.qmin))
-    assert np.array_equal(got[~beyond], expected[~beyond]) and beyond.mean() < 0.01
+    assert beyond.mean() < 0.01
+    if onnx_runs.OLD_KERNELS:
+        assert np.abs(got[~beyond] - expected[~beyond]).max() <= 1
+    else:
+        assert np.array_equal(got[~beyond], expected[~beyond])
 
 
 @pytest.mark.parametrize("amax", [3e-4, 1.0, 100.0])

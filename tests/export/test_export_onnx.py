@@ -237,7 +237,9 @@ def test_many_channels_and_large_recurrent_weights_are_stored_as_integers(tmp_pa
     assert report.integer_weights == 1 and report.size < 1.1 * 1200 * 428
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=onnx_runs.needs_half), torch.bfloat16]
+)
 def test_half_precision_weights(tmp_path, calibrated, dtype):
     model, x = calibrated
     model.to(dtype)

@@ -133,7 +133,7 @@ def test_every_format_runs_as_it_was_simulated(tmp_path, dynamo, fields):
 
 
 @EXPORTERS
-@pytest.mark.parametrize("opset", [13, 19])
+@pytest.mark.parametrize("opset", [13, pytest.param(19, marks=onnx_runs.needs_half)])
 def test_half_precision(tmp_path, dynamo, opset):
     if dynamo and opset == 13:
         pytest.skip("that exporter does not write opset 13 itself")
