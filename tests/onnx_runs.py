@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-# Before 1.31 its QuantizeLinear of float16 tensors and of blocks gives other codes, a step away, than
-# the specification, so that what comes after them differs by more than rounding.
+# Before 1.31 its QuantizeLinear of float16 tensors and of blocks gives codes a step away from those
+# of the specification, so that what comes after them differs by more than rounding.
 OLD_KERNELS = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 31)
 needs_half = pytest.mark.skipif(
     OLD_KERNELS, reason="ONNX Runtime below 1.31 quantizes float16 a step away"
